@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.base.arguments import whole_number
-from unbraid.base.errors import LayerError, ModelError, UsageError, brief, nearest
+from unbraid.base.errors import ModelError, UsageError, brief, nearest
 from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
@@ -25,7 +25,13 @@ from unbraid.measuring.heatmap import heatmap
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
-from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
+from unbraid.networks.relevance import (
+    cut_at,
+    gradients_at,
+    never_ran,
+    output_relevance,
+    undisturbed,
+)
 from unbraid.networks.spec import channels_first
 from unbraid.scanning.targets import Scalar
 from unbraid.splitting.quantiles import percentile
@@ -250,7 +256,7 @@ def _measure(
         output = run_raw(model2, x)
         cut.recording = False
         if not cut.outputs:
-            raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+            raise never_ran(layer.spec.name)
         first = torch.zeros(1, dtype=torch.int64)
         wanted: list[int] = []
         if target.of_class:

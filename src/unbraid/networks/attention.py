@@ -6,7 +6,7 @@ module, and attention, where someone looks at one, runs them. N images, L and S 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.networks.by_weight import Hooks, has_other_hooks, hooks_of, run_unseen
+from unbraid.networks.by_weight import NO_HOOKS, Hooks, has_other_hooks, hooks_of, run_unseen
 
 OUT = "out_proj"  # which is a module of torch's
 TOGETHER = "in_proj"
@@ -142,7 +142,42 @@ def opened(model: nn.Module) -> Iterator[None]:
             vars(module)["forward"] = partial(_attend_if_watched, module, earlier)
             module._modules.update(parts)
             stack.callback(_close, module, parts)
+        for encoder in [module for module in model.modules() if _encodes(module)]:
+            # Only someone who looks at a projection puts hooks on it.
+            seen = [
+                (p, NO_HOOKS if isinstance(p, Projection) else hooks_of(p))
+                for p in encoder.modules()
+            ]
+            vars(encoder)["forward"] = partial(_encode_if_watched, encoder, seen)
+            stack.callback(vars(encoder).pop, "forward", None)
         yield
+
+
+def _encodes(module: nn.Module) -> bool:
+    return type(module) is nn.TransformerEncoder and "forward" not in vars(module)
+
+
+def _encode_if_watched(
+    encoder: nn.TransformerEncoder,
+    parts: Sequence[tuple[nn.Module, Hooks]],
+    *args: Any,
+    **named: Any,
+) -> Any:
+    if any(has_other_hooks(part, hooks) for part, hooks in parts):
+        with whole_tensors(encoder):
+            return nn.TransformerEncoder.forward(encoder, *args, **named)
+    return nn.TransformerEncoder.forward(encoder, *args, **named)
+
+
+@contextmanager
+def whole_tensors(encoder: nn.TransformerEncoder) -> Iterator[None]:
+    """Keep an encoder from leaving padding out, as only its fused layers can go without."""
+    before = vars(encoder).get("use_nested_tensor", False)
+    encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        encoder.use_nested_tensor = before
 
 
 def _close(attention: nn.MultiheadAttention, parts: Mapping[str, Projection]) -> None:

@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Hooks = Mapping[str, frozenset[int]]  # the keys of a module's hooks, by kind
+NO_HOOKS: Hooks = dict.fromkeys(_HOOKS, frozenset())
 
 
 def users(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:

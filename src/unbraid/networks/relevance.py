@@ -118,6 +118,14 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         CheckpointFunction.apply = before
 
 
+def never_ran(name: str) -> LayerError:
+    """Say that a layer did not run, and why that may be."""
+    return LayerError(
+        f"Layer {name!r} does not run when the network does (it has no part in this, or its "
+        "weights are used without it); choose another, `unbraid layers` lists those that run."
+    )
+
+
 def output_relevance(
     name: str, outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> list[Tensor]:

@@ -21,6 +21,7 @@ from unbraid.networks.relevance import (
     Cut,
     cut_at,
     gradients_at,
+    never_ran,
     output_relevance,
     shares,
     undisturbed,
@@ -151,7 +152,7 @@ def scan_batch(
         for layer, cut in zip(layers, cuts, strict=True):
             cut.recording = False
             if not cut.outputs:
-                raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+                raise never_ran(layer.spec.name)
         most = most_classes(layers[0].spec)
         label, prediction = _labels(items, output, labels, target, most)
         calls = [cut.outputs for cut in cuts]

@@ -11,7 +11,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from unbraid.networks.attention import APART, TOGETHER, Projection, attend, opens, projections
+from unbraid.networks.attention import (
+    APART,
+    TOGETHER,
+    Projection,
+    attend,
+    opens,
+    projections,
+    whole_tensors,
+)
 from unbraid.networks.by_weight import applied_by, users
 from unbraid.networks.copying import become, double, rebind
 from unbraid.surgery.split_layer import SplitLayer, is_split, keep_slow_path
@@ -90,6 +98,46 @@ class SplitEncoderLayer(nn.Module):
         return _beside(output, unsplit(src, *args, **named), changed)
 
 
+class SplitEncoder(nn.Module):
+    """nn.TransformerEncoder with split layers inside, which take no tensors without padding.
+
+    torch leaves padding out where it can, and then gives zeros there; so the original does.
+    """
+
+    def __init__(self, original: nn.TransformerEncoder) -> None:  # noqa: D107
+        super().__init__()
+        self._modules = original._modules  # under the same names
+        self.original = (original,)  # in a tuple, as it has the same parts
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the surrounding code may ask of the encoder."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original" or name.startswith("__"):
+                raise
+            return getattr(self.original[0], name)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Tensor:
+        """Compute the original's output, by way of the concept channels."""
+        given = (src, mask, src_key_padding_mask)
+        with whole_tensors(self.original[0]):
+            changed: Tensor = self.original[0](*given, **named)
+        if self.training or src_key_padding_mask is None:
+            return changed
+        unsplit = _unsplit(self.original[0])
+        output = unsplit(*given, **named)
+        with whole_tensors(unsplit):
+            plain = unsplit(*given, **named)
+        return _beside(output, plain, changed)
+
+
 def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
     """The original's value, moved by what was changed; the gradient goes by what was changed.
 
@@ -99,12 +147,20 @@ def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
     return original.detach().clone().sub_(plain.detach() - changed)
 
 
+_AROUND: dict[type, Any] = {
+    nn.TransformerEncoderLayer: SplitEncoderLayer,
+    nn.TransformerEncoder: SplitEncoder,
+}
+
+
 def _unsplit(module: nn.Module) -> Any:
     """A module as it was before layers in it were split; it shares all else."""
     if isinstance(module, SplitLayer):
         return module.original
     if isinstance(module, SplitAttention):
         return _unsplit(module.original)
+    if isinstance(module, (SplitEncoderLayer, SplitEncoder)):
+        return _unsplit(module.original[0])
     if not any(isinstance(part, SplitLayer) for part in module.modules()):
         return module
     twin = object.__new__(type(module))
@@ -132,15 +188,17 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
     for module, parts in list(users(model)):
         if layer in parts:
             vars(module)["forward"] = partial(_run_split, module)
-    for module in list(model.modules()):
-        if type(module) is not nn.TransformerEncoderLayer or not _holds(module, layer):
+    for module in [module for module in model.modules() if _holds(module, layer)]:
+        around = _AROUND.get(type(module))
+        if around is None:
             continue
         if not exact:
             module.register_forward_pre_hook(keep_slow_path)
+            vars(module)["use_nested_tensor"] = False  # which only an encoder asks for
             continue
-        fused = double(module, SplitEncoderLayer)
-        assert isinstance(fused, nn.TransformerEncoderLayer)
-        become(module, SplitEncoderLayer(fused).train(module.training))
+        fused = double(module, around)
+        assert fused is not None
+        become(module, around(fused).train(module.training))
         rebind(fused, module)
 
 
