@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -106,14 +107,32 @@ def _colours(image: Tensor, bands: Sequence[int] | None) -> Tensor:
     return image if len(image) == 3 else image.mean(0, keepdim=True)
 
 
-def _side_by_side(clip: Tensor) -> Tensor:
+def as_drawn(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Lay values at positions of an image out as `to_picture` draws it, (h, w).
+
+    Of a signal they are (l,), of a picture (h, w), and of a clip or volume (d, h, w); `sizes` are
+    the image's own.
+    """
+    if values.dim() < 3:
+        return values[None] if values.dim() == 1 else values
+    slices = _slices(values[None], min(_N_SLICES, sizes[0])).float()
+    whole = F.interpolate(slices, list(sizes[1:]), mode="bilinear")
+    return _side_by_side(whole, 0)[0]
+
+
+def _slices(clip: Tensor, n_slices: int) -> Tensor:
+    """Choose slices of (C, T, H, W), evenly over T."""
+    return clip[:, [(2 * k + 1) * clip.shape[1] // (2 * n_slices) for k in range(n_slices)]]
+
+
+def _side_by_side(clip: Tensor, between: float = _PAPER) -> Tensor:
     """Lay slices of (C, T, H, W) side by side, in time's order, row by row."""
     n_slices = min(_N_SLICES, clip.shape[1])
-    chosen = [clip[:, (2 * k + 1) * clip.shape[1] // (2 * n_slices)] for k in range(n_slices)]
+    chosen = _slices(clip, n_slices).unbind(1)
     across = min(_ACROSS, n_slices)
     n_rows = math.ceil(n_slices / across)
     height, width = clip.shape[2] + _GAP, clip.shape[3] + _GAP
-    sheet = clip.new_full((len(clip), n_rows * height - _GAP, across * width - _GAP), _PAPER)
+    sheet = clip.new_full((len(clip), n_rows * height - _GAP, across * width - _GAP), between)
     for place, one in enumerate(chosen):
         y, x = place // across * height, place % across * width
         sheet[:, y : y + clip.shape[2], x : x + clip.shape[3]] = one
