@@ -126,7 +126,9 @@ def test_networks_of_any_dimension_go_from_scan_to_report(kind, tmp_path):
     assert page.count("data:image") >= 16
     assert ("Pictures show bands 3, 2, 1 of 5" in page) == (kind == "bands")
     (one,) = unbraid.explain(changed, Subset(dataset, [0]))
-    assert bool(one.note) == (kind != "bands")
+    assert not one.note
+    assert one.strongest[0][0].heatmap.shape == dataset[0][0].shape[1:]
+    assert one[0].whole.map.shape == dataset[0][0].shape[1:]
     if kind == "bands":
         dataset.bands = (7, 0, 1)
         with pytest.raises(UsageError, match="an image has 5"):

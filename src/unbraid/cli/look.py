@@ -17,11 +17,14 @@ import unbraid
 from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
 from unbraid.base.tables import Table, one_line
 from unbraid.cli.shared import (
+    Bands,
     Device,
     Out,
+    OwnData,
     RunPath,
     Weights,
     note,
+    read_bands,
     refuse_result,
     say,
     show,
@@ -44,14 +47,22 @@ Opens = Annotated[bool, Parameter(name="--open", help=_OPEN, negative="--no-open
 FigureKind = Literal["teaser", "densities", "sources"]
 
 
-def report(run: RunPath) -> None:
+def report(run: RunPath, *, data: OwnData = None, bands: Bands = None) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
     from unbraid.running.finished import Run
 
-    show(f"Report: {Run(run).report()}")
+    show(f"Report: {Run(run, data, read_bands(bands)).report()}")
 
 
-def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser") -> None:
+def figure(
+    run: RunPath,
+    *,
+    channel: int,
+    out: Path,
+    kind: FigureKind = "teaser",
+    data: OwnData = None,
+    bands: Bands = None,
+) -> None:
     """Draw one channel of a finished run as a figure for a paper.
 
     Args:
@@ -64,7 +75,7 @@ def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser"
 
     check_suffix(out)
     refuse_result(out)
-    save_figure(Run(run).figure(channel, kind), out)
+    save_figure(Run(run, data, read_bands(bands)).figure(channel, kind), out)
     show(f"Figure: {out}")
 
 
@@ -78,6 +89,8 @@ def circuit(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Show what feeds a channel's concept channels, each source with images that excite it most.
 
@@ -98,7 +111,7 @@ def circuit(
 
     if any((out / name).exists() for name in ("settings.json", "manifest.json") if out):
         raise UsageError(f"{out} holds a run or scan; name another folder.")
-    ran = Run(run)
+    ran = Run(run, data, read_bands(bands))
     unbraid.keep_memory()
     load = partial(load_again, ran.settings.source, model, weights, device)
     graphs = circuits_of(ran, channel, concept, n=n, network=load, say=note)
@@ -153,6 +166,7 @@ def explain(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    bands: Bands = None,
 ) -> None:
     """Say which concept channels images use, how much and where.
 
@@ -160,13 +174,19 @@ def explain(
     NAME.json.
 
     Args:
-        images: Picture files.
+        images: Picture files; or tensors as the network takes them, of one image or several, as
+            .npy, .pt or .safetensors.
         n: Concept channels to show of each image, those with the largest shares.
         out: Folder to write into; by default RUN/explained.
     """
     from unbraid.running.finished import Run
     from unbraid.running.folders import refuse_folder
-    from unbraid.running.network import load_again, open_pictures, prepared_otherwise
+    from unbraid.running.network import (
+        is_tensor_file,
+        load_again,
+        open_pictures,
+        prepared_otherwise,
+    )
 
     refuse_folder(out)
     ran = Run(run)
@@ -174,9 +194,10 @@ def explain(
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
     note(loaded.note)
-    note(prepared_otherwise(ran.settings.source))
+    if any(not is_tensor_file(path) for path in images):
+        note(prepared_otherwise(ran.settings.source))
     model2 = unbraid.apply(loaded.model, split)
-    pictures = open_pictures(images, loaded)
+    pictures = open_pictures(images, loaded, read_bands(bands))
     explained = unbraid.explain(model2, pictures, classes=classes or [], n=n, target=target)
     tables = [own.table() for own in explained.images]
     shown = [replace(table, note="") for table in tables]
@@ -197,6 +218,8 @@ def explore(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Look at a run in the browser, try pictures and gates, and part channels by hand.
 
@@ -214,7 +237,7 @@ def explore(
     from unbraid.exploring.server import serve
 
     unbraid.keep_memory()
-    opened = open_run(run, model, weights, device)
+    opened = open_run(run, model, weights, device, data, read_bands(bands))
     note("" if opened.network is None else opened.network.note)
     for words in opened.missing:
         note(words)
@@ -230,6 +253,7 @@ def edit(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
     loading: Loading = Loading(),
 ) -> None:
     """Make a network with concept channels switched off or scaled, and show what changed.
@@ -254,7 +278,7 @@ def edit(
     if not scales:
         raise UsageError("Say what to change: --off 900.1, or --scale 12.0=0.5.")
     unbraid.keep_memory()
-    ran = Run(run)
+    ran = Run(run, data)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
     show_table(made.changes)

@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 import unbraid
+from unbraid.base.errors import UsageError
 from unbraid.base.tables import Table, Tabular, count, one_line
 from unbraid.scanning.scan_options import Labels, in_command_words
 
@@ -41,6 +42,10 @@ _TARGET = (
     "segmentation:CLASS, detection:CLASS, embedding:FILE, regression:INDEX, multilabel, or none."
 )
 _NAMES = "Names of classes: CSV (folder, WordNet id or output's number; name), JSON, or one a line."
+_OWN_DATA = (
+    "The run's images, needed where they are code of your own, FILE.py:FUNCTION, or lie elsewhere."
+)
+_BANDS = "Bands to draw, from 0: three for red, green and blue, as 3,2,1, or one for grey."
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
@@ -51,6 +56,8 @@ Target = Annotated[str, Parameter(help=_TARGET)]
 Device = Annotated[str | None, Parameter(help="Such as cpu or cuda:0; an accelerator if there.")]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
+OwnData = Annotated[str | None, Parameter(help=_OWN_DATA)]
+Bands = Annotated[str | None, Parameter(help=_BANDS)]
 CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 _SCANS = "Folder of a finished scan; several, or a pattern such as 'scan-*', are read as one."
 ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
@@ -97,6 +104,18 @@ def open_images(
     images, assumed = images_for(loaded, source, listed, of_outputs=of_outputs)
     note(assumed)
     return images
+
+
+def read_bands(text: str | None) -> tuple[int, ...] | None:
+    """Read the bands to draw, "3,2,1" or "0"; UsageError if they are something else."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(
+            f"--bands {text} is not as in 3,2,1, three numbers of bands from 0, or one for grey."
+        )
+    return tuple(map(int, parts))
 
 
 def labels_for(labels: Labels, images: ListedImages, *, of_outputs: bool) -> Labels:

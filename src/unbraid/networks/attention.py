@@ -158,7 +158,7 @@ def _encodes(module: nn.Module) -> bool:
 
 
 def _encode_if_watched(
-    encoder: nn.TransformerEncoder,
+    encoder: nn.Module,
     parts: Sequence[tuple[nn.Module, Hooks]],
     *args: Any,
     **named: Any,
@@ -192,7 +192,7 @@ def _attend_if_watched(
     parts, out = projections(attention), attention.out_proj
     watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
     if watched or has_other_hooks(out, earlier):
-        own = {**parts, OUT: partial(run_unseen, out, earlier)}
+        own: dict[str, Any] = {**parts, OUT: partial(run_unseen, out, earlier)}
         return attend(attention, own, *args, **named)
     return nn.MultiheadAttention.forward(attention, *args, **named)
 

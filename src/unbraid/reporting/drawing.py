@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import UsageError
+from unbraid.images.broken import first_readable
 from unbraid.images.dataset import holder_of
+from unbraid.images.listing import ListedImages
 
 # A signal is drawn as lines if it is long beside its channels; these are the most, and how long.
 _MOST_LINES, _TIMES = 16, 8
@@ -37,10 +39,30 @@ def bands_of(dataset: Dataset[Any], index: int) -> tuple[int, ...] | None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
     if len(numbers) not in (1, 3) or not whole:
         raise UsageError(
-            f"The data set's bands are {bands!r}; give three numbers of bands, from 0, for red, "
+            f"The bands to draw are {bands!r}; give three numbers of bands, from 0, for red, "
             "green and blue, or one for grey."
         )
     return tuple(numbers)
+
+
+def draw_by(images: ListedImages, bands: Sequence[int] | None) -> None:
+    """Let images be drawn by bands, in place of their data set's own; UsageError if they cannot."""
+    if bands is None:
+        return
+    if not images.read_by_code:
+        raise UsageError(
+            "These images are pictures, which are drawn in their colours; leave out the bands, "
+            "which are those of tensors of your own."
+        )
+    images.bands = [*bands]
+    image = first_readable(images, range(len(images)))
+    if image is not None and image.dim() < 3:
+        raise UsageError(
+            f"Bands are those of images (C, H, W), and these are of shape {tuple(image.shape)}; "
+            "leave them out."
+        )
+    if image is not None:
+        _colours(image, bands_of(images, 0))
 
 
 def tell_bands(dataset: Dataset[Any], index: int) -> str:
@@ -100,7 +122,7 @@ def _colours(image: Tensor, bands: Sequence[int] | None) -> Tensor:
     if bands is not None:
         if max(bands) >= len(image):
             raise UsageError(
-                f"The data set's bands are {', '.join(map(str, bands))}, and an image has "
+                f"The bands to draw are {', '.join(map(str, bands))}, and an image has "
                 f"{len(image)}; give numbers from 0 to {len(image) - 1}."
             )
         return image[list(bands)]

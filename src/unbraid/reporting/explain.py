@@ -8,7 +8,6 @@ import json
 import re
 import reprlib
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path, flag, whole_number
-from unbraid.base.errors import DataError, ModelError, UsageError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import Tabular, one_line
@@ -29,9 +28,8 @@ from unbraid.images.batches import in_batches, load
 from unbraid.images.broken import plain
 from unbraid.images.dataset import class_names_of, name_of, size_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images
-from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.outputs import run_raw
-from unbraid.networks.relevance import undisturbed
+from unbraid.networks.copying import unwrap
+from unbraid.networks.given import as_batch
 from unbraid.reporting.drawing import as_drawn, bands_of, to_picture
 from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
@@ -42,7 +40,6 @@ _SMALL = 64  # a picture's pixels are shown as they are up to this size
 _LIGHT = (255, 138, 0)  # where a channel answers
 _DARKENED = 0.55  # of the picture beneath
 _PAPER, _INK, _FAINT = "white", (20, 20, 20), (110, 110, 110)
-_CONVOLUTIONS: tuple[Any, ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _LONGEST = 80  # characters of a file's name
 
 
@@ -178,40 +175,9 @@ _Named = Iterator[tuple[str, Tensor, Image.Image]]  # of each image its name, it
 
 
 def _of_tensor(images: Tensor, model2: nn.Module) -> _Named:
-    for index, image in enumerate(_as_batch(images, model2)):
+    for index, image in enumerate(as_batch(images, model2)):
         own = plain(image, index)
         yield f"image {index}", own, to_picture(own)
-
-
-def _as_batch(images: Tensor, model2: nn.Module) -> Tensor:
-    """Add the first dimension to a single image.
-
-    Three dimensions are an image of a network of pictures, but signals of one whose convolutions
-    are all 1-D; four are images, but a single volume of one whose convolutions are all 3-D. What
-    the network does not take is read in the other way.
-    """
-    kinds = {m.kernel_size for m in model2.modules() if isinstance(m, _CONVOLUTIONS)}
-    n_dims = {len(size) for size in kinds}
-    own = 2 + n_dims.pop() if len(n_dims) == 1 else 4  # dimensions of a batch
-    ways = []
-    for size in dict.fromkeys((own, 4)):
-        way = images if images.dim() >= size else images[None]
-        ways += [way] if size <= way.dim() <= 5 and len(way) else []
-    if not ways:
-        raise UsageError(
-            f"images is a tensor of shape {tuple(images.shape)}; give one of shape (N, C, H, W), "
-            "(N, C, L) or (N, C, D, H, W), or one such image."
-        )
-    if len({way.dim() for way in ways}) > 1 and not _runs(model2, ways[0][:1]):
-        return ways[1]
-    return ways[0]
-
-
-def _runs(model2: nn.Module, images: Tensor) -> bool:
-    with undisturbed(model2), torch.no_grad(), suppress(ModelError):
-        run_raw(model2, images.to(device_of(model2)))
-        return True
-    return False
 
 
 def _of_dataset(images: Dataset[Any]) -> _Named:
