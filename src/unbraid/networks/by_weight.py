@@ -61,16 +61,23 @@ def has_other_hooks(module: nn.Module, earlier: Hooks) -> bool:
     return any(getattr(module, kind).keys() - earlier[kind] for kind in _HOOKS[:2])
 
 
-def run_unseen(module: nn.Module, earlier: Hooks, x: Tensor) -> Tensor:
-    """Run a module that the network itself would not have run, past its earlier hooks."""
+@contextmanager
+def unseen(module: nn.Module, earlier: Hooks) -> Iterator[None]:
+    """Keep earlier hooks of a module silent, as the network itself would not have run it."""
     before = {kind: vars(module)[kind] for kind in _HOOKS}
     try:
         for kind, hooks in before.items():
             own = type(hooks)((k, hook) for k, hook in hooks.items() if k not in earlier[kind])
             vars(module)[kind] = own
-        z: Tensor = module(x)
+        yield
     finally:
         vars(module).update(before)
+
+
+def run_unseen(module: nn.Module, earlier: Hooks, x: Tensor) -> Tensor:
+    """Run a module past its earlier hooks."""
+    with unseen(module, earlier):
+        z: Tensor = module(x)
     return z
 
 

@@ -39,7 +39,7 @@ def bands_of(dataset: Dataset[Any], index: int) -> tuple[int, ...] | None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
     if len(numbers) not in (1, 3) or not whole:
         raise UsageError(
-            f"The bands to draw are {bands!r}; give three numbers of bands, from 0, for red, "
+            f"The bands are {bands!r}; give three numbers of bands, from 0, for red, "
             "green and blue, or one for grey."
         )
     return tuple(numbers)
@@ -122,7 +122,7 @@ def _colours(image: Tensor, bands: Sequence[int] | None) -> Tensor:
     if bands is not None:
         if max(bands) >= len(image):
             raise UsageError(
-                f"The bands to draw are {', '.join(map(str, bands))}, and an image has "
+                f"The bands are {', '.join(map(str, bands))}, and an image has "
                 f"{len(image)}; give numbers from 0 to {len(image) - 1}."
             )
         return image[list(bands)]

@@ -6,6 +6,7 @@ is computed as ever, and beside it, part by part, what the concept channels chan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from unbraid.networks.attention import (
     APART,
+    OUT,
     TOGETHER,
     Projection,
     attend,
@@ -20,7 +22,7 @@ from unbraid.networks.attention import (
     projections,
     whole_tensors,
 )
-from unbraid.networks.by_weight import applied_by, users
+from unbraid.networks.by_weight import Hooks, applied_by, hooks_of, unseen, users
 from unbraid.networks.copying import become, double, rebind
 from unbraid.surgery.split_layer import SplitLayer, is_split, keep_slow_path
 
@@ -34,6 +36,7 @@ class SplitAttention(nn.Module):
         for part, projection in projections(original).items():
             self.add_module(part, projection)
         self.out_proj = original.out_proj
+        self.silent = hooks_of(self.out_proj)  # which torch never calls
         vars(original)["closed"] = True  # to those who would open it, as this one does
         self.original = original  # last, so that the parts go by their own names
         self.register_forward_pre_hook(keep_slow_path)
@@ -55,11 +58,12 @@ class SplitAttention(nn.Module):
         parts: dict[str, Any] = {n: m for n, m in self._modules.items() if n != "original"}
         if not all(isinstance(parts[name], Projection) for name in APART):
             parts.pop(TOGETHER, None)
-        changed = attend(self.original, parts, *given, **named)
-        if not self.is_exact or (self.training and self.original.dropout):  # which draws anew
-            return changed
-        own = {n: m.original if isinstance(m, SplitLayer) else m for n, m in parts.items()}
-        plain = attend(self.original, own, *given, **named)
+        own = {n: _original(m) for n, m in parts.items()}
+        with unseen(own[OUT], self.silent):
+            changed = attend(self.original, parts, *given, **named)
+            if not self.is_exact or (self.training and self.original.dropout):  # it draws anew
+                return changed
+            plain = attend(self.original, own, *given, **named)
         output, weights = self.original(*given, **named)
         if weights is not None:
             assert plain[1] is not None
@@ -187,7 +191,8 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
             rebind(inner, module)
     for module, parts in list(users(model)):
         if layer in parts:
-            vars(module)["forward"] = partial(_run_split, module)
+            silent = {n: hooks_of(part) for n, part in module.named_children() if part in parts}
+            vars(module)["forward"] = partial(_run_split, module, silent)
     for module in [module for module in model.modules() if _holds(module, layer)]:
         around = _AROUND.get(type(module))
         if around is None:
@@ -202,11 +207,26 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
         rebind(fused, module)
 
 
-def _run_split(module: nn.Module, *args: Any, **named: Any) -> Any:
+def _run_split(module: nn.Module, silent: Mapping[str, Hooks], *args: Any, **named: Any) -> Any:
     """Run a module of the network's own code, and split layers where it applies their weights."""
-    parts = [part for part in module.children() if is_split(part)]
-    with applied_by([(part, part) for part in parts]):
+
+    def run(part: nn.Module, hooks: Hooks, x: Tensor) -> Tensor:
+        with unseen(_original(part), hooks):
+            z: Tensor = part(x)
+        return z
+
+    layers = [
+        (part, partial(run, part, silent[name]))
+        for name, part in module.named_children()
+        if name in silent and is_split(part)
+    ]
+    with applied_by(layers):
         return type(module).forward(module, *args, **named)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The layer in a split one, or the module itself."""
+    return module.original if isinstance(module, SplitLayer) else module
 
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:
