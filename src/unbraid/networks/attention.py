@@ -158,7 +158,7 @@ def _encodes(module: nn.Module) -> bool:
 
 
 def _encode_if_watched(
-    encoder: nn.Module,
+    encoder: Any,
     parts: Sequence[tuple[nn.Module, Hooks]],
     *args: Any,
     **named: Any,

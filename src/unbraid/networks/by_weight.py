@@ -7,7 +7,7 @@ someone looks at such a layer, or it is split, it runs in that product's place.
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any
@@ -37,10 +37,9 @@ def users(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
 
 
 @cache
-def _named_beside_weight(kind: Hashable) -> frozenset[str]:
+def _named_beside_weight(kind: Any) -> frozenset[str]:
     """Names in a class's methods that ask for a weight; none of torch's own, which see to hooks."""
     found: set[str] = set()
-    assert isinstance(kind, type)
     for base in kind.__mro__:
         if base.__module__.startswith("torch."):
             break
