@@ -317,6 +317,8 @@ def share(
     data_name: str = "",
     license_name: Annotated[str, Parameter("--license")] = "",
     pictures: bool = False,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Write a run's split into a folder that others can load, with a card, its measures and page.
 
@@ -332,5 +334,5 @@ def share(
     from unbraid.running.share import share_run
 
     words = {"data_name": data_name, "license_name": license_name}
-    files = share_run(Run(run), out, **words, pictures=pictures)
+    files = share_run(Run(run, data, read_bands(bands)), out, **words, pictures=pictures)
     show(f"Shared: {', '.join(map(str, files))}")

@@ -35,7 +35,7 @@ def refuse_own(where: str) -> None:
     if is_own(where) and place_of(where) not in _named:
         raise DataError(
             f"The run's images are code of one's own, {where}, which is run only where you name "
-            "it; start `unbraid run` again with the same options."
+            "it; add --data FILE.py:FUNCTION, or start `unbraid run` again with the same options."
         )
 
 
