@@ -7,7 +7,7 @@ from torch.utils.data import Dataset, Subset
 
 import unbraid
 from unbraid.base.errors import UsageError
-from unbraid.reporting.drawing import bands_of, tell_bands, to_picture
+from unbraid.reporting.drawing import as_drawn, bands_of, tell_bands, to_picture
 
 
 def pixels(image, bands=None):
@@ -97,6 +97,21 @@ def test_what_a_data_set_says_of_bands_is_found_through_subsets_and_checked():
     assert "the mean of 5 bands" in tell_bands(Bands(), 0)
     assert tell_bands(Bands(shape=(3, 7, 6)), 0) == ""
     assert tell_bands(Bands(shape=(5, 700)), 0) == ""
+
+
+def test_values_lie_where_the_picture_shows_their_place():
+    """A map as fine as a volume lights up the very pixels that the picture has of it."""
+    volume = torch.rand(1, 9, 5, 4)
+    drawn = as_drawn(volume[0], (9, 5, 4))
+    picture = pixels(volume)
+    inside = drawn > 0
+    low, high = volume.min(), volume.max()
+    expected = (255 * (drawn - low) / (high - low)).round().numpy()
+    assert np.array_equal(picture[inside.numpy()], expected[inside.numpy()])
+    assert (picture[~inside.numpy()] == 255).all()
+    assert as_drawn(torch.rand(3, 2, 2), (9, 5, 4)).shape == drawn.shape
+    assert as_drawn(torch.rand(7), (70,)).shape == (1, 7)
+    assert as_drawn(torch.rand(7, 6), (70, 60)).shape == (7, 6)
 
 
 SHAPES = {"bands": (5, 7, 6), "signal": (5, 60), "clip": (5, 4, 7, 6)}
