@@ -9,8 +9,9 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import cache, partial
+from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,9 +37,13 @@ def users(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
             yield module, parts
 
 
-@cache
-def _named_beside_weight(kind: Any) -> frozenset[str]:
+_named: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+
+
+def _named_beside_weight(kind: type) -> frozenset[str]:
     """Names in a class's methods that ask for a weight; none of torch's own, which see to hooks."""
+    if kind in _named:
+        return _named[kind]
     found: set[str] = set()
     for base in kind.__mro__:
         if base.__module__.startswith("torch."):
@@ -47,7 +52,7 @@ def _named_beside_weight(kind: Any) -> frozenset[str]:
             names = method.__code__.co_names if isinstance(method, types.FunctionType) else ()
             if "weight" in names:
                 found.update(names)
-    return frozenset(found)
+    return _named.setdefault(kind, frozenset(found))
 
 
 def hooks_of(module: nn.Module) -> Hooks:
