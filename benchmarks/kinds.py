@@ -16,6 +16,12 @@ import torch
 import torchvision
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+from torchvision.models.video.swin_transformer import SwinTransformer3d
 
 import unbraid
 
@@ -137,6 +143,36 @@ def fused() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 32, 4, 4), Turned(), encoder, MeanToken(), nn.Linear(32, 10))
 
 
+class Padded(nn.Module):
+    """Torch's own transformer on tokens of which the last are padding, as the image says."""
+
+    def __init__(self) -> None:
+        """Build it."""
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Conv2d(3, 32, 4, 4), Turned())
+        block = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+        self.encoder, self.head = nn.TransformerEncoder(block, 2), nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode what is no padding."""
+        tokens = self.tokens(x)
+        lengths = 32 + (100 * x.mean((1, 2, 3))).abs().long() % 32
+        padding = torch.arange(tokens.shape[1])[None] >= lengths[:, None]
+        met = self.encoder(tokens, src_key_padding_mask=padding)
+        return self.head(met.masked_fill(padding[..., None], 0).sum(1) / lengths[:, None])
+
+
+def swin(v2: bool = False) -> nn.Module:
+    """Torchvision's Swin, small, of either version."""
+    own = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2} if v2 else {}
+    return SwinTransformer([4, 4], 24, [2, 2], [2, 4], [4, 4], num_classes=10, **own)
+
+
+def video_swin() -> nn.Module:
+    """Torchvision's Swin for clips, small."""
+    return SwinTransformer3d([2, 4, 4], 24, [2, 2], [2, 4], [2, 4, 4], num_classes=10)
+
+
 def vit() -> nn.Module:
     """Torchvision's ViT, small."""
     return torchvision.models.VisionTransformer(32, 8, 3, 4, 64, 128, num_classes=10)
@@ -177,6 +213,10 @@ KINDS = [
          "stages.2.blocks.1.mlp.fc2"),
     Kind("Swin, windows", of_timm("swin_tiny_patch4_window7_224", img_size=56, num_classes=10),
          (3, 56, 56), "layers.0.blocks.1.attn.qkv"),
+    Kind("torchvision Swin, attention in", swin, (3, 48, 56), "features.1.1.attn.qkv"),
+    Kind("torchvision Swin V2, attention out", lambda: swin(v2=True), (3, 48, 56),
+         "features.1.1.attn.proj"),
+    Kind("video Swin, attention in", video_swin, (3, 4, 48, 56), "features.0.1.attn.qkv"),
     Kind("timm ViT, attention",
          of_timm("vit_tiny_patch16_224", img_size=32, embed_dim=48, depth=2, num_classes=10),
          PICTURE, "blocks.1.attn.qkv"),
@@ -184,6 +224,7 @@ KINDS = [
     Kind("torchvision ViT, attention in", vit, PICTURE, f"{_VIT}.self_attention.in_proj"),
     Kind("torchvision ViT, attention out", vit, PICTURE, f"{_VIT}.self_attention.out_proj"),
     Kind("torch's fused transformer", fused, PICTURE, "2.layers.1.self_attn.in_proj"),
+    Kind("the same with padding masks", Padded, PICTURE, "encoder.layers.1.linear1"),
     Kind("attention between two inputs", Crossed, PICTURE, "attention.v_proj"),
     Kind("decoder, transposed", lambda: decoder(nn.ConvTranspose2d, nn.Conv2d, 3), PICTURE, "6"),
     Kind("decoder of volumes", lambda: decoder(nn.ConvTranspose3d, nn.Conv3d, 1),

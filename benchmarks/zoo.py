@@ -36,6 +36,7 @@ import kinds
 import unbraid
 from synthetic import RandomImages, random_split
 from timing import describe_machine, peak_memory
+from unbraid.networks.relevance import undisturbed
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.scan import usable_layers
 
@@ -192,10 +193,10 @@ def run(model: nn.Module, layer: str, images: Tensor) -> tuple[Tensor, Tensor]:
     """Output of the layer, the first time that it runs, and logits."""
     seen: list[Tensor] = []
     module = model.get_submodule(layer)
-    handle = module.register_forward_hook(lambda _module, _args, z: seen.append(z.clone()))
-    with torch.no_grad():
+    with undisturbed(model), torch.no_grad():  # so that a layer that is used by its weights runs
+        handle = module.register_forward_hook(lambda _module, _args, z: seen.append(z.clone()))
         logits = model(images)
-    handle.remove()
+        handle.remove()
     return seen[0], logits
 
 

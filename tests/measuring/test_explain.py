@@ -1,6 +1,7 @@
 """What concept channels do in an image, against autograd through the original network."""
 
 import copy
+import itertools
 import math
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken, build
 from unbraid.base.errors import DataError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
+from unbraid.measuring.heatmap import heatmap
 from unbraid.splitting.quantiles import percentile
 
 KINDS = ["3x3", "groups", "reflect", "uneven", "pads by size", "one dimension"]
@@ -378,3 +380,25 @@ def test_percentiles_of_what_lies_between_outside_and_again():
         (3, 100),
     ):
         assert percentile(steps, response) == expected
+
+
+@pytest.mark.parametrize("sizes", [(84,), (56, 60, 57)])
+def test_heatmaps_of_signals_and_volumes_are_smoothed_dimension_by_dimension(sizes):
+    """By a plain sum over mirrored neighbours, at some positions."""
+    torch.manual_seed(0)
+    image = torch.randn(1, 2, *sizes).requires_grad_()
+    weight = torch.randn(1, 2, *sizes)
+    answer = (weight * image).sum()
+    found = heatmap([answer.abs()[None]], image)  # half its square, so times its slope
+    raw = (answer * weight * image).detach().sum(1)[0]
+    width = min(sizes) / 28
+    reach = math.ceil(3 * width)
+    curve = [math.exp(-0.5 * (k / width) ** 2) for k in range(-reach, reach + 1)]
+    for place in ([0] * len(sizes), [n // 2 for n in sizes], [n - 2 for n in sizes]):
+        total = 0.0
+        for steps in itertools.product(range(-reach, reach + 1), repeat=len(sizes)):
+            at = [abs(p + s) for p, s in zip(place, steps, strict=True)]
+            at = [2 * (n - 1) - p if p >= n else p for p, n in zip(at, sizes, strict=True)]
+            share = math.prod(curve[s + reach] / sum(curve) for s in steps)
+            total += share * float(raw[tuple(at)])
+        assert_close(float(found[tuple(place)]), total, 1e-3)

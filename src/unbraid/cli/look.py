@@ -17,11 +17,14 @@ import unbraid
 from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
 from unbraid.base.tables import Table, one_line
 from unbraid.cli.shared import (
+    Bands,
     Device,
     Out,
+    OwnData,
     RunPath,
     Weights,
     note,
+    read_bands,
     refuse_result,
     say,
     show,
@@ -44,14 +47,22 @@ Opens = Annotated[bool, Parameter(name="--open", help=_OPEN, negative="--no-open
 FigureKind = Literal["teaser", "densities", "sources"]
 
 
-def report(run: RunPath) -> None:
+def report(run: RunPath, *, data: OwnData = None, bands: Bands = None) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
     from unbraid.running.finished import Run
 
-    show(f"Report: {Run(run).report()}")
+    show(f"Report: {Run(run, data, read_bands(bands)).report()}")
 
 
-def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser") -> None:
+def figure(
+    run: RunPath,
+    *,
+    channel: int,
+    out: Path,
+    kind: FigureKind = "teaser",
+    data: OwnData = None,
+    bands: Bands = None,
+) -> None:
     """Draw one channel of a finished run as a figure for a paper.
 
     Args:
@@ -64,7 +75,7 @@ def figure(run: RunPath, *, channel: int, out: Path, kind: FigureKind = "teaser"
 
     check_suffix(out)
     refuse_result(out)
-    save_figure(Run(run).figure(channel, kind), out)
+    save_figure(Run(run, data, read_bands(bands)).figure(channel, kind), out)
     show(f"Figure: {out}")
 
 
@@ -78,6 +89,8 @@ def circuit(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Show what feeds a channel's concept channels, with images that excite each source most.
 
@@ -99,7 +112,7 @@ def circuit(
     from unbraid.running.network import load_again
 
     refuse_folder(out)
-    ran = Run(run)
+    ran = Run(run, data, read_bands(bands))
     unbraid.keep_memory()
     load = partial(load_again, ran.settings.source, model, weights, device)
     graphs = circuits_of(ran, channel, concept, n=n, network=load, say=note)
@@ -154,6 +167,7 @@ def explain(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    bands: Bands = None,
 ) -> None:
     """Show which concept channels your images use, how much and where.
 
@@ -161,13 +175,19 @@ def explain(
     and all numbers (NAME.json).
 
     Args:
-        images: Picture files.
+        images: Picture files; or tensors as the network takes them, of one image or several, as
+            .npy, .pt or .safetensors.
         n: Concept channels to show per image, those with the largest shares.
         out: Folder to write into. By default RUN/explained.
     """
     from unbraid.running.finished import Run
     from unbraid.running.folders import refuse_folder
-    from unbraid.running.network import load_again, open_pictures, prepared_otherwise
+    from unbraid.running.network import (
+        is_tensor_file,
+        load_again,
+        open_pictures,
+        prepared_otherwise,
+    )
 
     refuse_folder(out)
     ran = Run(run)
@@ -175,9 +195,10 @@ def explain(
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
     note(loaded.note)
-    note(prepared_otherwise(ran.settings.source))
+    if any(not is_tensor_file(path) for path in images):
+        note(prepared_otherwise(ran.settings.source))
     model2 = unbraid.apply(loaded.model, split)
-    pictures = open_pictures(images, loaded)
+    pictures = open_pictures(images, loaded, read_bands(bands))
     explained = unbraid.explain(model2, pictures, classes=classes or [], n=n, target=target)
     tables = [own.table() for own in explained.images]
     shown = [replace(table, note="") for table in tables]
@@ -198,6 +219,8 @@ def explore(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Explore a run in the browser: try pictures, move gates, split channels by hand.
 
@@ -215,7 +238,7 @@ def explore(
     from unbraid.exploring.server import serve
 
     unbraid.keep_memory()
-    opened = open_run(run, model, weights, device)
+    opened = open_run(run, model, weights, device, data, read_bands(bands))
     note("" if opened.network is None else opened.network.note)
     for words in opened.missing:
         note(words)
@@ -231,6 +254,7 @@ def edit(
     model: OwnModel = None,
     weights: Weights = None,
     device: Device = None,
+    data: OwnData = None,
     loading: Loading = Loading(),
 ) -> None:
     """Make a network with concept channels switched off or scaled, and show what changed.
@@ -255,7 +279,7 @@ def edit(
     if not scales:
         raise UsageError("Say what to change: --off 900.1, or --scale 12.0=0.5.")
     unbraid.keep_memory()
-    ran = Run(run)
+    ran = Run(run, data)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
     show_table(made.changes)
@@ -296,6 +320,8 @@ def share(
     data_name: str = "",
     license_name: Annotated[str, Parameter("--license")] = "",
     pictures: bool = False,
+    data: OwnData = None,
+    bands: Bands = None,
 ) -> None:
     """Write a run's split into a folder that others can load, with a card, measures and page.
 
@@ -311,5 +337,5 @@ def share(
     from unbraid.running.share import share_run
 
     words = {"data_name": data_name, "license_name": license_name}
-    files = share_run(Run(run), out, **words, pictures=pictures)
+    files = share_run(Run(run, data, read_bands(bands)), out, **words, pictures=pictures)
     show(f"Shared: {', '.join(map(str, files))}")

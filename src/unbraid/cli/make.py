@@ -16,6 +16,7 @@ import unbraid
 from unbraid.base.errors import UnbraidError, UsageError
 from unbraid.base.tables import Table, count, percent
 from unbraid.cli.shared import (
+    Bands,
     CsvFile,
     Device,
     Features,
@@ -34,6 +35,7 @@ from unbraid.cli.shared import (
     load,
     note,
     open_images,
+    read_bands,
     refuse_result,
     say,
     show,
@@ -76,6 +78,7 @@ def run(
     features: Features = True,
     overwrite: bool = False,
     quick: Annotated[bool | None, Parameter(negative="--no-quick")] = None,
+    bands: Bands = None,
     loading: Loading = Loading(),
 ) -> None:
     """Do everything: scan, find, split, check the outputs, evaluate and report.
@@ -102,6 +105,7 @@ def run(
     from unbraid.base.team import n_ranks
     from unbraid.images.kept import LISTED_PARTS, tentative
     from unbraid.images.open import images_of_run, labelled
+    from unbraid.reporting.drawing import draw_by
     from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds, home_of
     from unbraid.scanning.targets import found_again, read_target
@@ -111,13 +115,15 @@ def run(
             "Several processes can share a scan, not a run; use torchrun with `unbraid scan` into "
             "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
         )
-    sought = read_target(target)
+    sought, drawn = read_target(target), read_bands(bands)
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
     with tentative(home_of(out), *LISTED_PARTS.values()) as lists:
         kept = dict(zip(LISTED_PARTS, lists, strict=False))
         train, val, assumed = images_of_run(loaded, data, kept, of_outputs=sought.of_class)
         note(assumed)
+        for images in (train, val):
+            draw_by(images, drawn)
         classified = labels == "predicted" or (labelled(train) and labels == "given")
         asked = finding.asked(labelled=classified and sought.value is not None)
         if asked["concepts"] != (finding.concepts or "classes"):
@@ -137,7 +143,8 @@ def run(
             loading=loading,
             source=source_of(loaded, train, data)
             | {"class_folders": labelled(train)}
-            | ({} if target == "label" else {"target": found_again(target)}),
+            | ({} if target == "label" else {"target": found_again(target)})
+            | ({} if drawn is None else {"bands": [*drawn]}),
             say=say,
             title=network.model,
             encoder=encoder,

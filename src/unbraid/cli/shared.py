@@ -12,6 +12,7 @@ from cyclopts import Parameter
 from rich.console import Console
 
 import unbraid
+from unbraid.base.errors import UsageError
 from unbraid.base.tables import Table, Tabular, count, one_line
 from unbraid.scanning.scan_options import Labels, in_command_words
 
@@ -43,6 +44,10 @@ _TARGET = (
 _NAMES = (
     "File of class names: CSV (folder, WordNet id or output number; name), JSON, or one per line."
 )
+_OWN_DATA = (
+    "The run's images: needed if they come from your own code, FILE.py:FUNCTION, or have moved."
+)
+_BANDS = "Bands to draw, counted from 0: 3,2,1 for red, green and blue, or one for grey."
 _FEATURES = "Make images that excite each split channel and concept channel."
 Layers = Annotated[list[str], Parameter(help=_LAYERS, negative="")]
 Features = Annotated[bool, Parameter(help=_FEATURES, negative="--no-features")]
@@ -54,6 +59,8 @@ _DEVICE = "Where to compute, such as cpu or cuda:0. By default an accelerator, i
 Device = Annotated[str | None, Parameter(help=_DEVICE)]
 Names = Annotated[Path | None, Parameter(help=_NAMES)]
 Out = Annotated[Path, Parameter(help="Where to write.")]
+OwnData = Annotated[str | None, Parameter(help=_OWN_DATA)]
+Bands = Annotated[str | None, Parameter(help=_BANDS)]
 CsvFile = Annotated[Path | None, Parameter(help="CSV file to write or replace.")]
 _SCANS = "Folder of a finished scan. Several, or a pattern such as 'scan-*', count as one scan."
 ScanPaths = Annotated[list[Path], Parameter(help=_SCANS, negative="")]
@@ -101,6 +108,18 @@ def open_images(
     images, assumed = images_for(loaded, source, listed, of_outputs=of_outputs)
     note(assumed)
     return images
+
+
+def read_bands(text: str | None) -> tuple[int, ...] | None:
+    """Read the bands to draw, "3,2,1" or "0"; UsageError if they are something else."""
+    if text is None:
+        return None
+    parts = text.split(",")
+    if len(parts) not in (1, 3) or not all(part.strip().isdecimal() for part in parts):
+        raise UsageError(
+            f"--bands {text} is not as in 3,2,1, three numbers of bands from 0, or one for grey."
+        )
+    return tuple(map(int, parts))
 
 
 def labels_for(labels: Labels, images: ListedImages, *, of_outputs: bool) -> Labels:

@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, NamedTuple, TypeVar
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
 
 from unbraid.base.errors import UsageError
 from unbraid.base.files import write_new
@@ -28,7 +29,7 @@ from unbraid.exploring.bench import alone, lay_out, measure, nothing_found, part
 from unbraid.exploring.opened import Opened
 from unbraid.exploring.shown import Plain
 from unbraid.images.broken import UNLABELLED, plain
-from unbraid.images.dataset import name_of
+from unbraid.images.dataset import name_of, picture_of
 from unbraid.images.listing import ListedImages, Listing
 from unbraid.images.pictures import decode_picture
 from unbraid.measuring.explain import ImageExplanation
@@ -87,7 +88,7 @@ class Seen(NamedTuple):
 
     name: str
     picture: Image.Image  # as it was, RGB
-    dataset: ListedImages  # it alone, in the network's preprocessing
+    dataset: Dataset[Any]  # it alone, in the network's preprocessing
 
 
 class Explorer:
@@ -253,7 +254,10 @@ class Explorer:
         def read() -> Seen:
             try:
                 name = "/".join(name_of(images, index).split("/")[-2:])  # with its class's folder
-                return self._see(bounded(one_line(name)), open_picture(images, index))
+                told, picture = bounded(one_line(name)), open_picture(images, index)
+                if picture_of(images, index) is None:  # a tensor, as the network takes it
+                    return Seen(told, picture, Subset(images, [index]))
+                return self._see(told, picture)
             except LookupError:
                 raise UsageError(f"The run has no image {index}.") from None
 

@@ -52,6 +52,8 @@ def open_run(
     model: str | None = None,
     weights: str | None = None,
     device: str | None = None,
+    data: str | None = None,
+    bands: Sequence[int] | None = None,
 ) -> Opened:
     """Open a run's split, scans, network and images, each if it can be.
 
@@ -60,12 +62,14 @@ def open_run(
         model: the network, where it is code of one's own, as in `load_again`.
         weights: likewise.
         device: likewise.
+        data: its images, where they are code of one's own or lie elsewhere now.
+        bands: of these, those that are drawn.
 
     Raises:
         RunError: there is no run in the folder, or neither a split nor a scan.
         UnbraidError: the network cannot be had as `model`, `weights` and `device` name it.
     """
-    run, missing = Run(folder), []
+    run, missing = Run(folder, data, bands), []
 
     def attempt(get: Callable[[], Part], cost: str) -> Part | None:
         try:

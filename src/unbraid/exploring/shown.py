@@ -16,6 +16,7 @@ from unbraid.finding.membership import name_of
 from unbraid.measuring.explain import ImageExplanation, Response
 from unbraid.measuring.reference_images import ReferenceImages, TopImages
 from unbraid.measuring.results import ChannelEvaluation
+from unbraid.reporting.drawing import as_drawn
 from unbraid.reporting.explain import light_up
 from unbraid.reporting.pictures import encode
 from unbraid.reporting.words import ABSENT, MINUS, bounded, letter, number, percent, significant
@@ -142,21 +143,21 @@ def explained_view(own: ImageExplanation, picture: Image.Image, channel: int | N
     return {
         "predicted": bounded(own.class_names[0]),
         "n": sum(len(one.concepts) for one in own.channels),
-        "rows": [_row(concept, whole, under) for concept, whole in pairs],
+        "rows": [_row(concept, whole, under, own.sizes) for concept, whole in pairs],
     }
 
 
-def _row(concept: Response, whole: Response, under: Image.Image) -> Plain:
+def _row(concept: Response, whole: Response, under: Image.Image, sizes: Sequence[int]) -> Plain:
     strongest = max([float(m.max()) for m in (whole.map, concept.map) if m is not None] or [0])
     return {
         "gate": concept.name,
         "k": concept.part if isinstance(concept.part, int) else None,
         "name": bounded(concept.concept) if concept.concept else "what no concept names",
-        "map": _map(under, concept.map, strongest),
+        "map": _map(under, concept.map, sizes, strongest),
         "figures": _figures(concept),
         "whole": {
             "name": whole.name,
-            "map": _map(under, whole.map, strongest),
+            "map": _map(under, whole.map, sizes, strongest),
             "figures": _figures(whole),
         },
     }
@@ -171,8 +172,12 @@ def _figures(one: Response) -> Plain:
     }
 
 
-def _map(under: Image.Image, values: Tensor | None, strongest: float) -> str | None:
-    return None if values is None else encode(light_up(under, values, strongest), _TILE, 70).uri
+def _map(
+    under: Image.Image, values: Tensor | None, sizes: Sequence[int], strongest: float
+) -> str | None:
+    if values is None:
+        return None
+    return encode(light_up(under, as_drawn(values, sizes), strongest), _TILE, 70).uri
 
 
 def _enlarged(picture: Image.Image) -> Image.Image:

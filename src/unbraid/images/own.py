@@ -35,8 +35,15 @@ def refuse_own(where: str) -> None:
     if is_own(where) and place_of(where) not in _named:
         raise DataError(
             f"The run's images come from your own code, {where}, which runs only if you name it; "
-            "start `unbraid run` again with the same options."
+            "add --data FILE.py:FUNCTION, or start `unbraid run` again with the same options."
         )
+
+
+def own_named(where: str) -> str:
+    """Take a source as named here and now, so that its code may be run."""
+    if is_own(where):
+        _named.add(place_of(where))
+    return where
 
 
 def place_of(where: str) -> str:

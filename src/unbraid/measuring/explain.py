@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any, Literal, NamedTuple
@@ -17,15 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.base.arguments import whole_number
-from unbraid.base.errors import LayerError, ModelError, UsageError, brief, nearest
+from unbraid.base.errors import ModelError, UsageError, brief, nearest
 from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
 from unbraid.measuring.heatmap import heatmap
+from unbraid.measuring.where import grid_of, grids_seen
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import logits_of, refuse_broken_values, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
-from unbraid.networks.relevance import cut_at, gradients_at, output_relevance, undisturbed
+from unbraid.networks.relevance import (
+    cut_at,
+    gradients_at,
+    never_ran,
+    output_relevance,
+    undisturbed,
+)
 from unbraid.networks.spec import channels_first
 from unbraid.scanning.targets import Scalar
 from unbraid.splitting.quantiles import percentile
@@ -34,7 +41,6 @@ from unbraid.surgery.split_layer import SplitLayer, make_moves
 
 Part = int | Literal["rest"] | None  # a concept channel, the rest channel, or the whole channel
 
-_MOST_PREFIXES = 16  # tokens before those of the picture: a class token, registers
 _NOTE = (
     "share: part of all positive relevance in the layer for the class; pct: percentile of the "
     "response among the scan's images; whole: the same, of the whole channel"
@@ -56,9 +62,10 @@ class Response:
     # and that as a part of all positive relevance in the layer.
     relevance: tuple[float, ...]
     share: tuple[float, ...]
-    # (h, w), pre-activation at the layer's positions; None where these are no picture's
+    # (h, w), of a signal (l,), of a clip or volume (d, h, w): pre-activation at the layer's
+    # positions; None where these are not the image's
     map: Tensor | None = field(default=None, repr=False)
-    # (H, W), how much each pixel adds to it; only of the strongest
+    # (H, W), (L,) or (D, H, W), how much each pixel adds to it; only of the strongest
     heatmap: Tensor | None = field(default=None, repr=False)
 
     @property
@@ -89,6 +96,7 @@ class ImageExplanation(Tabular):
     n: int = 8  # concept channels to show
     note: str = ""  # what there is not, and why
     target: str = "label"  # in whose units relevance is
+    sizes: tuple[int, ...] = ()  # of the image without channels: (H, W), (L,) or (D, H, W)
 
     def __getitem__(self, channel: int) -> ChannelResponses:
         """Return one split channel; KeyError if it is none."""
@@ -193,7 +201,7 @@ def explain_images(
     Args:
         model2: a split network.
         layer: one of its split layers.
-        images: names and images, (C, H, W) each.
+        images: names and images, (C, H, W), (C, L) or (C, D, H, W) each.
         classes: numbers or names of outputs to explain besides the predicted one.
         class_names: of the outputs, by number.
         n: concept channels to show.
@@ -222,6 +230,7 @@ def explain_images(
                 logits=logits,
                 channels=tuple(_channels(layer, measured)),
                 n=n,
+                sizes=tuple(x.shape[2:]),
             )
             yield _with_heatmaps(explained, model2, layer, x) if heatmaps else explained
 
@@ -230,7 +239,7 @@ class _Measured(NamedTuple):
     mean: Tensor  # (S + R,), pre-activation over positions
     relevance: Tensor  # (T, S + R)
     total: Tensor  # (T,), positive relevance in the whole layer
-    maps: Tensor | None  # (S + R, h, w), pre-activation
+    maps: Tensor | None  # (S + R, h, w), or (l,) or (d, h, w) in place of these: pre-activation
 
 
 def _measure(
@@ -241,16 +250,16 @@ def _measure(
     names: Sequence[str],
     target: Scalar,
 ) -> tuple[tuple[int, ...], tuple[float, ...], _Measured]:
-    """Run the network on one image, (1, C, H, W): classes asked for, their logits, the rest."""
+    """Run the network on one image, (1, C, positions ...): classes, their logits, the rest."""
     with (
         cut_at(layer, lambda _: None) as cut,
         _concepts_seen(layer) as seen,
-        _grids_seen(model2, layer) as grids,
+        grids_seen(model2, layer, x.dim() - 2) as grids,
     ):
         output = run_raw(model2, x)
         cut.recording = False
         if not cut.outputs:
-            raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+            raise never_ran(layer.spec.name)
         first = torch.zeros(1, dtype=torch.int64)
         wanted: list[int] = []
         if target.of_class:
@@ -279,7 +288,7 @@ def _measure(
         total.append(every.clamp(min=0).sum())
         own = (z * slope[:, owners] for z, slope in zip(rows, slopes, strict=True))
         relevance.append(_summed(own))
-    grid = _grid(layer, cut.outputs, grids, x)
+    grid = grid_of(layer.spec, cut.outputs, grids, x.shape[2:])
     # A class token and registers come before the tokens of the picture.
     maps = None if grid is None else rows[0][0, :, -prod(grid) :].unflatten(1, grid)
     measured = _Measured(
@@ -364,55 +373,11 @@ def _concepts_seen(layer: SplitLayer) -> Iterator[list[Tensor]]:
         yield seen
 
 
-@contextmanager
-def _grids_seen(model2: nn.Module, layer: SplitLayer) -> Iterator[list[tuple[int, int]]]:
-    """Note the sizes of maps that convolutions before a layer put out: tokens come of such."""
-    grids: list[tuple[int, int]] = []
-    reached = False
-
-    def note(module: nn.Module, _: Any, output: Any) -> None:
-        nonlocal reached
-        reached = reached or module is layer
-        if not reached and isinstance(output, Tensor) and output.dim() == 4:
-            grids.append((output.shape[2], output.shape[3]))
-
-    with ExitStack() as stack:
-        for module in model2.modules():
-            if module is layer or isinstance(module, nn.Conv2d):
-                stack.enter_context(module.register_forward_hook(note))
-        yield grids
-
-
-def _grid(
-    layer: SplitLayer, outputs: Sequence[Tensor], grids: Sequence[tuple[int, int]], x: Tensor
-) -> tuple[int, int] | None:
-    """Say how a layer's positions lie in the image; None where they are no picture's.
-
-    Tokens in a row lie as the convolution before them put them out, behind a class token and
-    registers, which stay out of the map.
-    """
-    spec, first = layer.spec, outputs[0]
-    if len(outputs) > 1 or len(first) != 1:  # several runs, or windows
-        return None
-    if not spec.channels_last:
-        return (first.shape[2], first.shape[3]) if len(spec.kernel) == 2 else None
-    height, width = x.shape[-2:]
-
-    def fits(h: int, w: int) -> bool:
-        return abs(h * width - w * height) <= max(height, width)
-
-    if first.dim() == 4:
-        return (first.shape[1], first.shape[2]) if fits(*first.shape[1:3]) else None
-    n_tokens = first.shape[1] if first.dim() == 3 else 0
-    close = [g for g in grids if 0 <= n_tokens - prod(g) <= _MOST_PREFIXES and fits(*g)]
-    return max(close, key=prod, default=None)
-
-
 def _with_heatmaps(
     explained: ImageExplanation, model2: nn.Module, layer: SplitLayer, x: Tensor
 ) -> ImageExplanation:
-    """Add heatmaps of the strongest concept channels in an image, (1, C, H, W)."""
-    if x.dim() != 4:
+    """Add heatmaps of the strongest concept channels in an image, (1, C, positions ...)."""
+    if not 3 <= x.dim() <= 5:
         return replace(explained, note="there are no heatmaps, as it is no picture")
     made: dict[str, Tensor] = {}
     leaf = x.detach().clone()

@@ -6,7 +6,7 @@ module, and attention, where someone looks at one, runs them. N images, L and S 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -15,6 +15,8 @@ from weakref import WeakValueDictionary
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from unbraid.networks.by_weight import NO_HOOKS, Hooks, has_other_hooks, hooks_of, run_unseen
 
 OUT = "out_proj"  # which is a module of torch's
 TOGETHER = "in_proj"
@@ -129,16 +131,53 @@ def opened(model: nn.Module) -> Iterator[None]:
     """Let attentions run their projections as modules wherever one of these has a hook.
 
     Meanwhile the projections are parts of the attentions, so that torch's fused transformer sees
-    the hooks and leaves the layer to its own code.
+    the hooks and leaves the layer to its own code. Hooks that an `out_proj` had before stay silent,
+    as torch does not run it.
     """
     with ExitStack() as stack:
         for module in [module for module in model.modules() if opens(module)]:
             assert isinstance(module, nn.MultiheadAttention)
             parts = projections(module)
-            vars(module)["forward"] = partial(_attend_if_watched, module)
+            earlier = hooks_of(module.out_proj)
+            vars(module)["forward"] = partial(_attend_if_watched, module, earlier)
             module._modules.update(parts)
             stack.callback(_close, module, parts)
+        for encoder in [module for module in model.modules() if _encodes(module)]:
+            # Only someone who looks at a projection puts hooks on it.
+            seen = [
+                (p, NO_HOOKS if isinstance(p, Projection) else hooks_of(p))
+                for p in encoder.modules()
+            ]
+            vars(encoder)["forward"] = partial(_encode_if_watched, encoder, seen)
+            stack.callback(vars(encoder).pop, "forward", None)
         yield
+
+
+def _encodes(module: nn.Module) -> bool:
+    return type(module) is nn.TransformerEncoder and "forward" not in vars(module)
+
+
+def _encode_if_watched(
+    encoder: Any,
+    parts: Sequence[tuple[nn.Module, Hooks]],
+    *args: Any,
+    **named: Any,
+) -> Any:
+    if any(has_other_hooks(part, hooks) for part, hooks in parts):
+        with whole_tensors(encoder):
+            return nn.TransformerEncoder.forward(encoder, *args, **named)
+    return nn.TransformerEncoder.forward(encoder, *args, **named)
+
+
+@contextmanager
+def whole_tensors(encoder: nn.TransformerEncoder) -> Iterator[None]:
+    """Keep an encoder from leaving padding out, as only its fused layers can go without."""
+    before = vars(encoder).get("use_nested_tensor", False)
+    encoder.use_nested_tensor = False
+    try:
+        yield
+    finally:
+        encoder.use_nested_tensor = before
 
 
 def _close(attention: nn.MultiheadAttention, parts: Mapping[str, Projection]) -> None:
@@ -147,10 +186,14 @@ def _close(attention: nn.MultiheadAttention, parts: Mapping[str, Projection]) ->
         attention._modules.pop(part, None)
 
 
-def _attend_if_watched(attention: nn.MultiheadAttention, *args: Any, **named: Any) -> Any:
-    parts: dict[str, Any] = {**projections(attention), OUT: attention.out_proj}
-    if any(part._forward_hooks or part._forward_pre_hooks for part in parts.values()):
-        return attend(attention, parts, *args, **named)
+def _attend_if_watched(
+    attention: nn.MultiheadAttention, earlier: Hooks, *args: Any, **named: Any
+) -> Any:
+    parts, out = projections(attention), attention.out_proj
+    watched = any(part._forward_hooks or part._forward_pre_hooks for part in parts.values())
+    if watched or has_other_hooks(out, earlier):
+        own: dict[str, Any] = {**parts, OUT: partial(run_unseen, out, earlier)}
+        return attend(attention, own, *args, **named)
     return nn.MultiheadAttention.forward(attention, *args, **named)
 
 

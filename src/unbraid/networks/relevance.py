@@ -25,6 +25,7 @@ from unbraid.base.modes import (
     without_inference,
 )
 from unbraid.networks.attention import opened
+from unbraid.networks.by_weight import run_where_applied
 from unbraid.networks.spec import widen
 
 Kept = TypeVar("Kept")
@@ -44,10 +45,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Put the network in eval mode without parameter gradients; put everything back afterwards.
 
     With no parameter asking for a gradient, autograd records nothing until the cut layer. Compiled
-    code may pass hooks by, so it runs as it is written; autocast is off. Attentions run projections
-    as modules where these have hooks.
+    code may pass hooks by, so it runs as it is written; autocast is off. Layers that the network
+    applies by their weights alone, as attentions do, run as modules where these get hooks.
     """
-    with without_inference(), restored(model), same_random(), opened(model):
+    with (
+        without_inference(),
+        restored(model),
+        same_random(),
+        opened(model),
+        run_where_applied(model),
+    ):
         # What was computed from weights, as in copies of scripted parts, cannot be told not to.
         wanted = {
             parameter: parameter.requires_grad
@@ -109,6 +116,14 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
         yield
     finally:
         CheckpointFunction.apply = before
+
+
+def never_ran(name: str) -> LayerError:
+    """Say that a layer did not run, and why that may be."""
+    return LayerError(
+        f"Layer {name!r} does not run when the network does (it has no part in this, or its "
+        "weights are used without it); choose another, `unbraid layers` lists those that run."
+    )
 
 
 def output_relevance(

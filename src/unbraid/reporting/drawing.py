@@ -9,12 +9,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import UsageError
+from unbraid.images.broken import first_readable
 from unbraid.images.dataset import holder_of
+from unbraid.images.listing import ListedImages
 
 # A signal is drawn as lines if it is long beside its channels; these are the most, and how long.
 _MOST_LINES, _TIMES = 16, 8
@@ -36,10 +39,30 @@ def bands_of(dataset: Dataset[Any], index: int) -> tuple[int, ...] | None:
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers)
     if len(numbers) not in (1, 3) or not whole:
         raise UsageError(
-            f"The data set's bands are {bands!r}; give three numbers of bands, from 0, for red, "
+            f"The bands are {bands!r}; give three numbers of bands, from 0, for red, "
             "green and blue, or one for grey."
         )
     return tuple(numbers)
+
+
+def draw_by(images: ListedImages, bands: Sequence[int] | None) -> None:
+    """Let images be drawn by bands, in place of their data set's own; UsageError if they cannot."""
+    if bands is None:
+        return
+    if not images.read_by_code:
+        raise UsageError(
+            "These images are pictures, which are drawn in their colours; leave out the bands, "
+            "which are those of tensors of your own."
+        )
+    images.bands = [*bands]
+    image = first_readable(images, range(len(images)))
+    if image is not None and image.dim() < 3:
+        raise UsageError(
+            f"Bands are those of images (C, H, W), and these are of shape {tuple(image.shape)}; "
+            "leave them out."
+        )
+    if image is not None:
+        _colours(image, bands_of(images, 0))
 
 
 def tell_bands(dataset: Dataset[Any], index: int) -> str:
@@ -99,21 +122,39 @@ def _colours(image: Tensor, bands: Sequence[int] | None) -> Tensor:
     if bands is not None:
         if max(bands) >= len(image):
             raise UsageError(
-                f"The data set's bands are {', '.join(map(str, bands))}, and an image has "
+                f"The bands are {', '.join(map(str, bands))}, and an image has "
                 f"{len(image)}; give numbers from 0 to {len(image) - 1}."
             )
         return image[list(bands)]
     return image if len(image) == 3 else image.mean(0, keepdim=True)
 
 
-def _side_by_side(clip: Tensor) -> Tensor:
+def as_drawn(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Lay values at positions of an image out as `to_picture` draws it, (h, w).
+
+    Of a signal they are (l,), of a picture (h, w), and of a clip or volume (d, h, w); `sizes` are
+    the image's own.
+    """
+    if values.dim() < 3:
+        return values[None] if values.dim() == 1 else values
+    slices = _slices(values[None], min(_N_SLICES, sizes[0])).float()
+    whole = F.interpolate(slices, list(sizes[1:]), mode="bilinear")
+    return _side_by_side(whole, 0)[0]
+
+
+def _slices(clip: Tensor, n_slices: int) -> Tensor:
+    """Choose slices of (C, T, H, W), evenly over T."""
+    return clip[:, [(2 * k + 1) * clip.shape[1] // (2 * n_slices) for k in range(n_slices)]]
+
+
+def _side_by_side(clip: Tensor, between: float = _PAPER) -> Tensor:
     """Lay slices of (C, T, H, W) side by side, in time's order, row by row."""
     n_slices = min(_N_SLICES, clip.shape[1])
-    chosen = [clip[:, (2 * k + 1) * clip.shape[1] // (2 * n_slices)] for k in range(n_slices)]
+    chosen = _slices(clip, n_slices).unbind(1)
     across = min(_ACROSS, n_slices)
     n_rows = math.ceil(n_slices / across)
     height, width = clip.shape[2] + _GAP, clip.shape[3] + _GAP
-    sheet = clip.new_full((len(clip), n_rows * height - _GAP, across * width - _GAP), _PAPER)
+    sheet = clip.new_full((len(clip), n_rows * height - _GAP, across * width - _GAP), between)
     for place, one in enumerate(chosen):
         y, x = place // across * height, place % across * width
         sheet[:, y : y + clip.shape[2], x : x + clip.shape[3]] = one

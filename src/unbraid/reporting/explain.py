@@ -29,7 +29,8 @@ from unbraid.images.broken import plain
 from unbraid.images.dataset import class_names_of, name_of, size_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images
 from unbraid.networks.copying import unwrap
-from unbraid.reporting.drawing import bands_of, to_picture
+from unbraid.networks.given import as_batch
+from unbraid.reporting.drawing import as_drawn, bands_of, to_picture
 from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.surgery.split_layer import split_layer_of
@@ -120,8 +121,9 @@ def explain(
 
     Args:
         model2: from `unbraid.apply` in the exact form.
-        images: as the network takes them, (N, C, H, W) or (C, H, W), or a map-style data set of
-            (image, label).
+        images: as the network takes them, (N, C, H, W) or (C, H, W), signals (N, C, L) or (C, L),
+            clips or volumes (N, C, D, H, W) or (C, D, H, W); or a map-style data set of (image,
+            label). What a tensor of three or four dimensions is, is told by the network.
         layer: name of the split layer, needed where several are split.
         classes: names or numbers of more outputs to explain, beside the predicted one.
         n: concept channels to show of each image, those with the largest shares; figures are there
@@ -155,7 +157,7 @@ def explain(
             "set, such as unbraid.open_images makes."
         )
     if isinstance(images, Tensor):
-        read = _of_tensor(images)
+        read = _of_tensor(images, model2)
     else:
         names = class_names_of(images)
         read = _of_dataset(images)
@@ -181,14 +183,8 @@ def explain(
 _Named = Iterator[tuple[str, Tensor, Image.Image]]  # of each image its name, itself, its picture
 
 
-def _of_tensor(images: Tensor) -> _Named:
-    batch = images[None] if images.dim() == 3 else images
-    if batch.dim() != 4 or not len(batch):
-        raise UsageError(
-            f"images is a tensor of shape {tuple(images.shape)}; give one of shape (N, C, H, W), "
-            "or (C, H, W)."
-        )
-    for index, image in enumerate(batch):
+def _of_tensor(images: Tensor, model2: nn.Module) -> _Named:
+    for index, image in enumerate(as_batch(images, model2)):
         own = plain(image, index)
         yield f"image {index}", own, to_picture(own)
 
@@ -236,7 +232,7 @@ def draw_image(explained: ImageExplanation, picture: Image.Image) -> Image.Image
             if values is None:
                 pen.text((at[0], y), "not known", _FAINT, small)
             else:
-                sheet.paste(light_up(tile, values, most), at)
+                sheet.paste(light_up(tile, as_drawn(values, explained.sizes), most), at)
     _draw_legend(sheet, pen, small)
     return sheet
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -16,6 +17,8 @@ from unbraid.base.tables import count, one_line
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
 from unbraid.finding.thresholds import Sensitivity, sensitivity
+from unbraid.images.open import absolute
+from unbraid.images.own import own_named
 from unbraid.measuring.circuit_graph import CircuitGraph, read_graphs
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
@@ -37,12 +40,23 @@ if TYPE_CHECKING:
 class Run:
     """A run over one layer. Each result is read from its folder once, unless it was just made."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the settings; RunError if the folder holds no run."""
+    def __init__(
+        self, folder: Path, data: str | None = None, bands: Sequence[int] | None = None
+    ) -> None:
+        """Read the settings; RunError if the folder holds no run.
+
+        `data` names its images where they lie elsewhere now, or are code of one's own, and `bands`
+        those of their bands that are drawn.
+        """
         settings = folders.read_settings(folder)
         if settings is None:
             raise RunError(f"{folder} holds no finished run; make one with `unbraid run`.")
-        self.folder, self.settings = folder, settings
+        source = settings.source
+        if data is not None:
+            source = {**source, "data": absolute(own_named(data))}
+        if bands is not None:
+            source = {**source, "bands": [*bands]}
+        self.folder, self.settings = folder, replace(settings, source=source)
         self.page = folder / "report.html"
         self.broken: list[str] = []  # names of images that its scans left out
 

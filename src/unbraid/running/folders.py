@@ -32,6 +32,7 @@ from unbraid.images.listing import ListedImages
 from unbraid.images.open import SAVED, list_images, part_of
 from unbraid.images.own import refuse_own
 from unbraid.images.tar import is_url
+from unbraid.reporting.drawing import draw_by
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
@@ -353,4 +354,6 @@ def validation_images(
             labels = read_classes(listing.known, outputs).labels
         except DataError:  # other names were given; without the network numbers may differ
             labels = {name: number for number, name in enumerate(listing.known.seen)}
-    return as_scanned(ListedImages(listing, sight, labels, scan.class_names), scan)
+    images = ListedImages(listing, sight, labels, scan.class_names)
+    draw_by(images, source.get("bands"))
+    return as_scanned(images, scan)

@@ -169,12 +169,13 @@ def part_behind(model2: nn.Module, image: Tensor) -> float:
         taps = weight[0].numel() if isinstance(weight, Tensor) and weight.dim() > 1 else 1
         work[behind] += taps * sum(tensor.numel() for tensor in tensors_in(output))
 
-    with ExitStack() as stack:
-        for module in model2.modules():
+    modules = [*model2.modules()]
+    with undisturbed(model2), ExitStack() as stack:
+        for module in modules:
             scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
             leaf = next(module.children(), None) is None
             if isinstance(module, SplitLayer) or (leaf and not scripted):
                 stack.callback(module.register_forward_hook(count_work).remove)
-        with undisturbed(model2), torch.no_grad():
+        with torch.no_grad():
             run_network(model2, torch.stack([image] * 2).to(device_of(model2)))
     return work[True] / max(1, sum(work))

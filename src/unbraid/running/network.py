@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
-from unbraid.images.listing import Files, ListedImages, Listing
+from unbraid.images.listing import Files, Items, ListedImages, Listing
 from unbraid.images.own import is_own
+from unbraid.images.tensors import TENSORS, read_tensor_file
+from unbraid.networks.given import as_batch
 from unbraid.networks.models import LoadedModel, load_model
-from unbraid.networks.outputs import with_logits
+from unbraid.networks.outputs import numbers_in, with_logits
+from unbraid.reporting.drawing import draw_by
 from unbraid.running.finished import Run
 from unbraid.running.folders import as_labelled, validation_images
 
@@ -62,11 +66,44 @@ def prepared_otherwise(source: dict[str, Any]) -> str:
     )
 
 
-def open_pictures(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
-    """Open picture files in a network's preprocessing, without labels."""
+def is_tensor_file(path: Path) -> bool:
+    """Whether a file is named as one of tensors."""
+    return path.suffix.lower() in TENSORS
+
+
+def open_pictures(
+    paths: Sequence[Path], loaded: LoadedModel, bands: Sequence[int] | None = None
+) -> ListedImages:
+    """Open picture files in a network's preprocessing, or files of tensors; without labels."""
     names = [str(path) for path in paths]
-    listing = Listing("The images", names, Files(names), [], [UNLABELLED] * len(names))
-    return ListedImages(listing, loaded.transform)
+    n_of_tensors = sum(map(is_tensor_file, paths))
+    if 0 < n_of_tensors < len(paths):
+        raise UsageError("There are both pictures and tensors; explain them one after the other.")
+    if not n_of_tensors:
+        listing = Listing("The images", names, Files(names), [], [UNLABELLED] * len(names))
+        images = ListedImages(listing, loaded.transform)
+    else:
+        images = _of_tensors(paths, loaded)
+    draw_by(images, bands)
+    return images
+
+
+def _of_tensors(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
+    """Images of files that hold a tensor each, of one image or several."""
+    items: list[tuple[Tensor, int]] = []
+    names: list[str] = []
+    for path in paths:
+        if not path.is_file():
+            raise DataError(f"There is no file {path}; name files of tensors or pictures.")
+        held = numbers_in(read_tensor_file(path))
+        if len(held) != 1:
+            raise DataError(f"{path} holds {len(held)} tensors; give a file with one.")
+        batch = as_batch(held[0], loaded.model)
+        items += [(image, UNLABELLED) for image in batch]
+        several = len(batch) > 1
+        names += [f"{path} {k}" if several else str(path) for k in range(len(batch))]
+    labels = [UNLABELLED] * len(items)
+    return ListedImages(Listing("The images", names, Items(cast(Any, items)), [], labels))
 
 
 def network_images(run: Run, loaded: LoadedModel) -> Dataset[Any]:

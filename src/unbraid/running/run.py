@@ -163,6 +163,8 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     made.images = as_labelled(job.val, val_scan)
     made.broken = broken_names(job, train_scan, val_scan)
     if job.keep and made.is_finished(job.features):
+        if source.get("bands"):  # by which its page may not be drawn yet
+            made.report()
         return made
     _make(job, made, encoder)
     if folder != out and job.overwrite:

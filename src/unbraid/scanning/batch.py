@@ -21,6 +21,7 @@ from unbraid.networks.relevance import (
     Cut,
     cut_at,
     gradients_at,
+    never_ran,
     output_relevance,
     shares,
     undisturbed,
@@ -74,15 +75,16 @@ def bytes_of_one(model: nn.Module, layers: Sequence[nn.Module], image: Tensor, n
         # Of several layers, all outputs and all gradients are there at once, and copies go on.
         kept += behind * made * (3 if module in layers and len(layers) > 1 else 1)
 
-    with ExitStack() as stack:
-        # Projections of attention are no modules of the network before it is looked at.
-        for module in dict.fromkeys([*model.modules(), *layers]):
+    # Projections of attention are no modules of the network before it is looked at.
+    modules = dict.fromkeys([*model.modules(), *layers])
+    with undisturbed(model), ExitStack() as stack:
+        for module in modules:
             scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks
             # A layer may have parts of its own, such as its padding.
             whole = next(module.children(), None) is None or module in layers
             if whole and not scripted:
                 stack.callback(module.register_forward_hook(count).remove)
-        with undisturbed(model), torch.no_grad():
+        with torch.no_grad():
             run_network(model, torch.stack([image] * n))
     return _AT_ONCE * max(widest, n * image.nbytes) + kept
 
@@ -150,7 +152,7 @@ def scan_batch(
         for layer, cut in zip(layers, cuts, strict=True):
             cut.recording = False
             if not cut.outputs:
-                raise LayerError(f"Layer {layer.spec.name!r} does not run when the network does.")
+                raise never_ran(layer.spec.name)
         most = most_classes(layers[0].spec)
         label, prediction = _labels(items, output, labels, target, most)
         calls = [cut.outputs for cut in cuts]

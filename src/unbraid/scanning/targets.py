@@ -7,15 +7,12 @@ another number, or none. Shapes: N images, T classes, D numbers of an embedding.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,6 +21,7 @@ from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, ModelError, UsageError, brief, nearest
 from unbraid.base.tables import one_line
 from unbraid.images.identity import text_of
+from unbraid.images.tensors import read_tensor_file
 from unbraid.networks.outputs import (
     check_labels,
     describe_output,
@@ -260,19 +258,7 @@ def _read_vectors(path: str) -> Tensor:
     file = Path(path)
     if not path or not file.is_file():
         raise UsageError(f"There is no file {path!r}; write the target as embedding:FILE.")
-    try:
-        if file.suffix == ".npy":
-            held: Any = torch.from_numpy(np.load(file, allow_pickle=False))
-        elif file.suffix == ".safetensors":
-            held = safetensors.torch.load_file(file)
-        else:
-            held = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, pickle.UnpicklingError, EOFError,
-            safetensors.SafetensorError) as error:  # fmt: skip
-        raise UsageError(
-            f"{path} cannot be read ({brief(error)}); give a tensor as .npy, .pt or .safetensors."
-        ) from None
-    tensors = numbers_in(held)
+    tensors = numbers_in(read_tensor_file(file))
     if len(tensors) != 1 or tensors[0].dim() not in (1, 2) or not tensors[0].numel():
         raise UsageError(
             f"{path} holds no single vector (D,) or one for each class (T, D); give one tensor."

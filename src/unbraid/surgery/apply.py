@@ -29,7 +29,7 @@ from unbraid.splitting.location import split_file
 from unbraid.splitting.splits import ChannelSplit, Split
 from unbraid.surgery.gates import clamp, gate
 from unbraid.surgery.split_attention import open_around
-from unbraid.surgery.split_layer import SplitLayer, plain_layer
+from unbraid.surgery.split_layer import SplitLayer, is_split, plain_layer
 
 Form = Literal["exact", "plain"]
 
@@ -38,7 +38,6 @@ NOT_IN_FORCE = (
     "to, not by a global variable, its forward or its weights"
 )
 
-_PLAIN_FORM = ("wide", "merge", "names")  # what a layer in the plain form has
 # What may run a layer; anything else that a function names is taken to be harmless.
 _RUNNABLE = (nn.Module, dict, list, tuple, types.FunctionType, types.MethodType, partial)
 
@@ -211,12 +210,7 @@ def _equal(one: Tensor, other: Tensor) -> bool:
 @contextmanager
 def in_force(model2: nn.Module) -> Iterator[None]:
     """Raise ModelError at the end if the network ran, but one of its split layers never did."""
-    layers = {
-        name: module
-        for name, module in model2.named_modules()
-        if isinstance(module, SplitLayer)
-        or (isinstance(module, nn.Sequential) and all(hasattr(module, n) for n in _PLAIN_FORM))
-    }
+    layers = {name: module for name, module in model2.named_modules() if is_split(module)}
     ran: set[str] = set()
 
     def refuse() -> None:

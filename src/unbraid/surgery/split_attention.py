@@ -6,13 +6,25 @@ is computed as ever, and beside it, part by part, what the concept channels chan
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from unbraid.networks.attention import APART, TOGETHER, Projection, attend, opens, projections
+from unbraid.networks.attention import (
+    APART,
+    OUT,
+    TOGETHER,
+    Projection,
+    attend,
+    opens,
+    projections,
+    whole_tensors,
+)
+from unbraid.networks.by_weight import Hooks, applied_by, hooks_of, unseen, users
 from unbraid.networks.copying import become, double, rebind
-from unbraid.surgery.split_layer import SplitLayer, keep_slow_path
+from unbraid.surgery.split_layer import SplitLayer, is_split, keep_slow_path
 
 
 class SplitAttention(nn.Module):
@@ -24,6 +36,7 @@ class SplitAttention(nn.Module):
         for part, projection in projections(original).items():
             self.add_module(part, projection)
         self.out_proj = original.out_proj
+        self.silent = hooks_of(self.out_proj)  # which torch never calls
         vars(original)["closed"] = True  # to those who would open it, as this one does
         self.original = original  # last, so that the parts go by their own names
         self.register_forward_pre_hook(keep_slow_path)
@@ -45,11 +58,12 @@ class SplitAttention(nn.Module):
         parts: dict[str, Any] = {n: m for n, m in self._modules.items() if n != "original"}
         if not all(isinstance(parts[name], Projection) for name in APART):
             parts.pop(TOGETHER, None)
-        changed = attend(self.original, parts, *given, **named)
-        if not self.is_exact or (self.training and self.original.dropout):  # which draws again
-            return changed
-        own = {n: m.original if isinstance(m, SplitLayer) else m for n, m in parts.items()}
-        plain = attend(self.original, own, *given, **named)
+        own = {n: _original(m) for n, m in parts.items()}
+        with unseen(own[OUT], self.silent):
+            changed = attend(self.original, parts, *given, **named)
+            if not self.is_exact or (self.training and self.original.dropout):  # it draws anew
+                return changed
+            plain = attend(self.original, own, *given, **named)
         output, weights = self.original(*given, **named)
         if weights is not None:
             assert plain[1] is not None
@@ -88,6 +102,46 @@ class SplitEncoderLayer(nn.Module):
         return _beside(output, unsplit(src, *args, **named), changed)
 
 
+class SplitEncoder(nn.Module):
+    """nn.TransformerEncoder with split layers inside, which take no tensors without padding.
+
+    torch leaves padding out where it can, and then gives zeros there; so the original does.
+    """
+
+    def __init__(self, original: nn.TransformerEncoder) -> None:  # noqa: D107
+        super().__init__()
+        self._modules = original._modules  # under the same names
+        self.original = (original,)  # in a tuple, as it has the same parts
+
+    def __getattr__(self, name: str) -> Any:
+        """Give what the surrounding code may ask of the encoder."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "original" or name.startswith("__"):
+                raise
+            return getattr(self.original[0], name)
+
+    def forward(
+        self,
+        src: Tensor,
+        mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        **named: Any,
+    ) -> Tensor:
+        """Compute the original's output, by way of the concept channels."""
+        given = (src, mask, src_key_padding_mask)
+        with whole_tensors(self.original[0]):
+            changed: Tensor = self.original[0](*given, **named)
+        if self.training or src_key_padding_mask is None:
+            return changed
+        unsplit = _unsplit(self.original[0])
+        output = unsplit(*given, **named)
+        with whole_tensors(unsplit):
+            plain = unsplit(*given, **named)
+        return _beside(output, plain, changed)
+
+
 def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
     """The original's value, moved by what was changed; the gradient goes by what was changed.
 
@@ -97,12 +151,20 @@ def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
     return original.detach().clone().sub_(plain.detach() - changed)
 
 
+_AROUND: dict[type, Any] = {
+    nn.TransformerEncoderLayer: SplitEncoderLayer,
+    nn.TransformerEncoder: SplitEncoder,
+}
+
+
 def _unsplit(module: nn.Module) -> Any:
     """A module as it was before layers in it were split; it shares all else."""
     if isinstance(module, SplitLayer):
         return module.original
     if isinstance(module, SplitAttention):
         return _unsplit(module.original)
+    if isinstance(module, (SplitEncoderLayer, SplitEncoder)):
+        return _unsplit(module.original[0])
     if not any(isinstance(part, SplitLayer) for part in module.modules()):
         return module
     twin = object.__new__(type(module))
@@ -127,16 +189,44 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
             assert isinstance(inner, nn.MultiheadAttention)
             become(module, SplitAttention(inner, exact).train(module.training))
             rebind(inner, module)
-    for module in list(model.modules()):
-        if type(module) is not nn.TransformerEncoderLayer or not _holds(module, layer):
+    for module, parts in list(users(model)):
+        if layer in parts:
+            silent = {n: hooks_of(part) for n, part in module.named_children() if part in parts}
+            vars(module)["forward"] = partial(_run_split, module, silent)
+    for module in [module for module in model.modules() if _holds(module, layer)]:
+        around = _AROUND.get(type(module))
+        if around is None:
             continue
         if not exact:
             module.register_forward_pre_hook(keep_slow_path)
+            vars(module)["use_nested_tensor"] = False  # which only an encoder asks for
             continue
-        fused = double(module, SplitEncoderLayer)
-        assert isinstance(fused, nn.TransformerEncoderLayer)
-        become(module, SplitEncoderLayer(fused).train(module.training))
+        fused = double(module, around)
+        assert fused is not None
+        become(module, around(fused).train(module.training))
         rebind(fused, module)
+
+
+def _run_split(module: nn.Module, silent: Mapping[str, Hooks], *args: Any, **named: Any) -> Any:
+    """Run a module of the network's own code, and split layers where it applies their weights."""
+
+    def run(part: nn.Module, hooks: Hooks, x: Tensor) -> Tensor:
+        with unseen(_original(part), hooks):
+            z: Tensor = part(x)
+        return z
+
+    layers = [
+        (part, partial(run, part, silent[name]))
+        for name, part in module.named_children()
+        if name in silent and is_split(part)
+    ]
+    with applied_by(layers):
+        return type(module).forward(module, *args, **named)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The layer in a split one, or the module itself."""
+    return module.original if isinstance(module, SplitLayer) else module
 
 
 def _holds(module: nn.Module, layer: nn.Module) -> bool:

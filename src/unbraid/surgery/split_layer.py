@@ -20,6 +20,7 @@ from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.spec import SAME, LayerSpec, as_weight, pad_input, respond
 from unbraid.splitting.splits import ChannelSplit
 
+_PLAIN_FORM = ("wide", "merge", "names")  # what a layer in the plain form has
 _HOOKS = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 
 
@@ -94,6 +95,12 @@ class SplitLayer(nn.Module):
 
     def _rows_and_bias(self) -> Tensor:
         return torch.cat([self.rows.detach(), self.row_bias.detach()[:, None]], 1)
+
+
+def is_split(module: nn.Module) -> bool:
+    """Whether a module is a split layer, in the exact or in the plain form."""
+    plain = isinstance(module, nn.Sequential) and all(hasattr(module, n) for n in _PLAIN_FORM)
+    return plain or isinstance(module, SplitLayer)
 
 
 def split_layer_of(model2: nn.Module, name: str | None, purpose: str) -> SplitLayer:
@@ -245,6 +252,11 @@ def plain_layer(
     modules: list[tuple[str, nn.Module]] = [("pad", Pad(spec))] if pads else []
     layer = nn.Sequential(OrderedDict([*modules, ("wide", wide), ("merge", merge)]))
     layer.names = [row.name if row else "" for row in rows]  # type: ignore[assignment]
+    if isinstance(original, nn.Linear):  # for code that asks for them, to apply them by itself
+        for name in ("weight", "bias"):
+            value: Tensor | None = getattr(original, name)
+            own = None if value is None else value.detach()
+            layer.register_buffer(name, own, persistent=False)
     return layer
 
 

@@ -21,7 +21,7 @@ from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.images.batches import image_progress
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.layers import describe, resolve_layer
-from unbraid.networks.relevance import undisturbed
+from unbraid.networks.relevance import never_ran, undisturbed
 from unbraid.networks.spec import LayerSpec, channels_first
 from unbraid.networks.weights import hash_weights
 from unbraid.surgery.split_layer import SplitLayer
@@ -187,7 +187,7 @@ class Watched:
                     f"({brief(error)}); pass images, and a size, that it takes."
                 ) from error
         if not kept[self.layer]:
-            raise LayerError(f"Layer {self.spec.name!r} does not run when the network does.")
+            raise never_ran(self.spec.name)
         return torch.cat([torch.cat(maps, -1) for maps in kept.values()], 1)
 
 

@@ -1,0 +1,235 @@
+"""Layers whose weights a network applies without running them: torchvision's Swin, and others."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pairs import make_split
+from torch import nn
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+from torchvision.models.video.swin_transformer import SwinTransformer3d
+
+import unbraid
+from checks import assert_bit_equal, assert_close, assert_same_outputs, assert_untouched, snapshot
+from tiny_networks import SyntheticImages
+from unbraid.base.errors import LayerError, OutputChangedError
+from unbraid.networks.by_weight import applied_by, users
+from unbraid.networks.relevance import cut_at, undisturbed
+from unbraid.scanning.scan import usable_layers
+
+SIZES = {"v1": (3, 20, 24), "v2": (3, 20, 24), "video": (3, 4, 20, 24)}
+
+
+def swin(kind):
+    torch.manual_seed(0)
+    if kind == "video":
+        network = SwinTransformer3d([2, 4, 4], 6, [2], [2], [2, 2, 2], num_classes=4)
+    else:
+        v2 = {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+        own = v2 if kind == "v2" else {}
+        network = SwinTransformer([4, 4], 6, [2], [2], [4, 4], num_classes=4, **own)
+    for name, parameter in network.named_parameters():
+        if name.endswith("qkv.bias"):  # of which the second version leaves a part out
+            nn.init.normal_(parameter)
+    return network.eval()
+
+
+def attention_of(network):
+    name = next(n for n, m in network.named_modules() if n.endswith("1.attn"))
+    return name, network.get_submodule(name)
+
+
+def images(kind, n=3):
+    return SyntheticImages(n, size=SIZES[kind], dtype=torch.float32).images
+
+
+def slope(network, x):
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(network(x).square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("part", ["qkv", "proj"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_torchvisions_swin_attention_is_split_to_the_last_bit(kind, part):
+    network, x = swin(kind), images(kind)
+    name = f"{attention_of(network)[0]}.{part}"
+    assert name in {spec.name for spec in usable_layers(network, x)}
+    split = make_split(network, layer=name)
+    changed = unbraid.apply(network, split)
+    for one in (changed, copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
+        assert_same_outputs(network, one, x)
+        with one.gate(name, 1, 0, 0.0) if one is changed else unbraid.gate(one, name, 1, 0, 0.0):
+            moved = one(x)
+        assert not torch.allclose(moved, network(x))
+    edited = unbraid.edit(network, split, {"1.0": 0.0})
+    assert_close(edited(x), moved, 1e-4)
+    assert_close(slope(changed, x), slope(network, x), 1e-4)
+    plain = unbraid.apply(network, split, form="plain")
+    assert_close(plain(x), network(x), 1e-4)
+    with torch.no_grad():
+        plain.get_submodule(name).merge.weight.zero_()
+    assert not torch.allclose(plain(x), network(x))
+    with torch.no_grad():
+        exported = torch.export.export(changed, (x,)).module()
+        assert_bit_equal(exported(x), network(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "parts"), [("v1", ("qkv", "proj")), ("v2", ("proj",)), ("video", ("qkv", "proj"))]
+)
+def test_scan_of_swin_attention_is_by_hand_what_its_weights_gradients_say(kind, parts, tmp_path):
+    """Of the second version's qkv the bias is not all of what runs, so it is left out here."""
+    network = swin(kind)
+    path, attention = attention_of(network)
+    dataset = SyntheticImages(3, size=SIZES[kind], dtype=torch.float32)
+    before, names = snapshot(network), [f"{path}.{part}" for part in parts]
+    scans = unbraid.scan(network, names, dataset, tmp_path, min_share=1e-9, batch_size=3)
+    assert_untouched(before, snapshot(network))
+    for n, (image, label) in enumerate(dataset):
+        logit = network(image[None])[0, label]
+        for part, scan in zip(parts, scans.values(), strict=True):
+            own = [*getattr(attention, part).parameters()]
+            slopes = torch.autograd.grad(logit, own, retain_graph=True)
+            pairs = zip(own, slopes, strict=True)
+            relevance = sum((w * slope).reshape(len(w), -1).sum(1) for w, slope in pairs)
+            share = relevance / relevance.clamp(min=0).sum()
+            (records,) = scan.shards()
+            found = torch.stack([records.share_of(o)[n] for o in range(scan.layer.n_out)])
+            assert_close(found, share.detach().clamp(min=0), 1e-4)
+
+
+class Own(nn.Module):
+    """One that applies a layer's weight itself, with no bias, and now and then runs the layer."""
+
+    def __init__(self, runs=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.fc = nn.Conv2d(3, 6, 2), nn.Linear(6, 5, bias=False)
+        self.shift, self.head, self.runs = nn.Parameter(torch.randn(5)), nn.Linear(5, 4), runs
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).mT
+        met = self.fc(tokens) if self.runs else F.linear(tokens, self.fc.weight, bias=self.shift)
+        return self.head(met.relu().mean(1))
+
+
+@pytest.mark.parametrize("runs", [False, True])
+def test_a_layer_runs_once_and_hooks_that_the_network_would_not_call_stay_silent(runs):
+    network, theirs, x = Own(runs).eval(), [], SyntheticImages(2, dtype=torch.float32).images
+    network.fc.register_forward_hook(lambda *_: theirs.append("after"))
+    network.fc.register_forward_pre_hook(lambda *_: theirs.append("before"))
+    ((user, parts),) = users(network)
+    assert user is network
+    assert network.fc in parts
+    expected, n_theirs = network(x), len(theirs)
+    assert n_theirs == 2 * runs
+    with undisturbed(network), torch.no_grad():
+        with cut_at(network.fc, torch.Tensor.clone) as cut:
+            assert_close(network(x), expected, 1e-6)
+        assert (len(cut.outputs), len(theirs)) == (1, 2 * n_theirs)
+        assert_close(cut.outputs[0], cut.inputs[0] @ network.fc.weight.T, 1e-6)
+    assert "forward" not in vars(network)
+    assert len(network.fc._forward_hooks) == 1
+    changed = unbraid.apply(network, make_split(network, layer="fc"))
+    theirs.clear()
+    assert_bit_equal(changed(x), expected)
+    assert len(theirs) == n_theirs
+    assert_same_outputs(network, changed, x)
+
+
+def test_a_hook_on_the_way_out_of_attention_stays_silent():
+    theirs, x = [], torch.randn(2, 5, 6)
+    attention = nn.MultiheadAttention(6, 2, batch_first=True)
+    attention.out_proj.register_forward_hook(lambda *_: theirs.append(1))
+    network = Attends(attention).eval()
+    with undisturbed(network), torch.no_grad(), cut_at(attention.out_proj, torch.Tensor.clone):
+        network(x)
+    for part in ("in_proj", "out_proj"):
+        changed = unbraid.apply(network, make_split(network, layer=f"attention.{part}"))
+        assert_same_outputs(network, changed, x)
+    assert not theirs
+    assert len(attention.out_proj._forward_hooks) == 1
+
+
+class Attends(nn.Module):
+    def __init__(self, attention):
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0].mean(1)
+
+
+def test_a_layer_that_is_not_found_to_run_says_why_that_may_be(tmp_path):
+    """The twin: a weight that is asked for by another way than a name in the class's code."""
+
+    class Hidden(Own):
+        def forward(self, x):
+            tokens = self.patches(x).flatten(2).mT
+            return self.head((tokens @ getattr(self.fc, "weigh" + "t").T).relu().mean(1))
+
+    network = Hidden().eval()
+    data = SyntheticImages(3, dtype=torch.float32)
+    assert "fc" not in {spec.name for spec in usable_layers(network, data.images)}
+    with pytest.raises(LayerError, match="its weights are used without it"):
+        unbraid.scan(network, "fc", data, tmp_path)
+
+
+def test_a_layer_that_is_run_in_place_of_its_product_can_be_wrong():
+    network, x = Own().eval(), SyntheticImages(2, dtype=torch.float32).images
+    with torch.no_grad(), applied_by([(network.fc, lambda t: network.fc.forward(t) + 1)]):
+        assert not torch.allclose(network(x), Own().eval()(x))
+    changed = unbraid.apply(network, make_split(network, layer="fc"))
+    with torch.no_grad():
+        changed.shift.add_(0.1)
+    with pytest.raises(OutputChangedError):
+        unbraid.compare_outputs(network, changed, [(one, 0) for one in x])
+
+
+class Padded(nn.Module):
+    """Tokens of which the last are padding, as many as the image says, in torch's own encoder."""
+
+    def __init__(self, raw=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patches, self.raw = nn.Conv2d(3, 8, 2), raw
+        block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(block, 2, norm=nn.LayerNorm(8))
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).mT
+        lengths = 2 + (100 * x.mean((1, 2, 3))).abs().long() % (tokens.shape[1] - 3)
+        padding = torch.arange(tokens.shape[1])[None] >= lengths[:, None]
+        met = self.encoder(tokens, src_key_padding_mask=padding)
+        if self.raw:
+            return met
+        return self.head(met.masked_fill(padding[..., None], 0).sum(1) / lengths[:, None])
+
+
+@pytest.mark.parametrize(
+    "part", ["layers.0.self_attn.in_proj", "layers.1.self_attn.out_proj", "layers.1.linear1"]
+)
+def test_an_encoder_that_leaves_padding_out_is_split_to_the_last_bit(part, tmp_path):
+    network, raw, name = Padded().eval(), Padded(raw=True).eval(), f"encoder.{part}"
+    data = SyntheticImages(5, size=(3, 8, 8), dtype=torch.float32)
+    x = data.images
+    with torch.no_grad():
+        assert (raw(x)[0, -1] == raw.encoder.norm.bias).all()  # torch's own zeros
+    for one in (network, raw):
+        changed = unbraid.apply(one, make_split(one, layer=name))
+        for own in (changed, copy.deepcopy(changed)):
+            assert_same_outputs(one, own, x)
+        with torch.no_grad(), changed.gate(name, 1, 0, 0.0):
+            assert not torch.allclose(changed(x), one(x))
+    unbraid.scan(network, name, data, tmp_path, batch_size=2)
+    assert vars(network.encoder)["use_nested_tensor"] is True
+    plain = unbraid.apply(network, make_split(network, layer=name), form="plain")
+    with torch.no_grad():
+        assert_close(plain(x), network(x), 1e-5)
