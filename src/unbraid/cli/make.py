@@ -72,6 +72,7 @@ def run(
     target: Target = "label",
     rho: float | None = None,
     encoder: str | None = None,
+    places: int = 0,
     everything: Annotated[bool, Parameter("--all")] = False,
     features: Features = True,
     overwrite: bool = False,
@@ -92,6 +93,8 @@ def run(
         labels: What each image counts as: its folder's class, what the network says, or nothing.
         rho: Fix the published rule's rho instead of choosing it per channel.
         encoder: timm:NAME, to tell how alike images are; by default the network itself.
+        places: Make concepts of so many places of images, those that excite a channel most, in
+            place of whole images; 0 for none (docs/places.md).
         everything: Measure on all images, and all channels, instead of a sample (docs/scale.md).
         overwrite: Put the results, once finished, in the place of a run with other settings in OUT.
         quick: Only a first look, at some thousand images, into OUT/quick; the same command without
@@ -117,8 +120,10 @@ def run(
         train, val, assumed = images_of_run(loaded, data, kept, of_outputs=sought.of_class)
         note(assumed)
         classified = labels == "predicted" or (labelled(train) and labels == "given")
-        asked = finding.asked(labelled=classified and sought.value is not None)
-        if asked["concepts"] != (finding.concepts or "classes"):
+        asked = finding.asked(labelled=classified and sought.value is not None and not places)
+        if places:
+            say(f"Concepts are clusters of places, {places:,} of each channel at most.")
+        elif asked["concepts"] != (finding.concepts or "classes"):
             other = "; --labels predicted makes them of predicted classes"
             say(f"Concepts are clusters of images{'' if sought.value is None else other}.")
         for done in run_in_turn(
@@ -141,6 +146,7 @@ def run(
             encoder=encoder,
             labels=labels_for(labels, train, of_outputs=sought.of_class),
             target=sought,
+            places=places,
             everything=everything,
             features=features,
             overwrite=overwrite,
