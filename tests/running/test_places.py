@@ -12,9 +12,13 @@ from torch import nn
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import RunError, UsageError
+from unbraid.exploring.opened import open_run
+from unbraid.images import sample
 from unbraid.running import run as running
 from unbraid.running.check import check
+from unbraid.running.circuits import circuits_of
 from unbraid.running.finished import Run
+from unbraid.running.first_look import run_in_turn
 from unbraid.running.folders import Thresholds
 from unbraid.running.sample import draw_sample
 from unbraid.running.several import run_layers
@@ -162,3 +166,34 @@ def test_what_places_cannot_do_is_refused_before_a_scan(options, said, tmp_path)
 def test_scans_with_other_places_are_not_taken(places, whole):
     with pytest.raises(RunError, match="how many places are kept; name another folder"):
         run(whole.folder, places=places)
+
+
+def test_what_else_reads_a_run_of_places(whole):
+    (graph,) = circuits_of(whole, 1)
+    assert graph.indices <= set(range(len(VAL)))
+    with pytest.raises(RunError, match="is of places in images, which the app does not show"):
+        open_run(whole.folder)
+    with pytest.raises(UsageError, match="of places, but the scan is of images"):
+        whole.split.members_in(whole.val_scan).count(whole.found.classes)
+
+
+def test_a_first_look_has_places_and_the_run_over_all_goes_on(whole, tmp_path, monkeypatch):
+    for part, n in (("train", 64), ("val", 48)):
+        monkeypatch.setitem(sample.SIZES, part, n)
+    options = USUAL | {"labels": "given", "command": "x"}
+    made = run_in_turn(network(), ["0"], TRAIN, VAL, tmp_path, **options, quick=True)
+    look = next(made).runs["0"]
+    assert look.folder == tmp_path / "quick"
+    assert look.searched.manifest.places == 60
+    done = run(tmp_path, first_look=tmp_path / "quick")
+    assert done.evaluation.output.max_abs_logit_diff == 0
+    assert sorted(lists_of(done.searched)) == sorted(lists_of(whole.searched))
+
+
+def lists_of(scan):
+    """Image, position and channel of all that stands in the lists of a scan of places."""
+    for records in scan.shards():
+        for o in range(scan.layer.n_out):
+            own = records.kept_of(o)
+            pairs = zip(records.image[own].tolist(), records.position[own].tolist(), strict=True)
+            yield from ((o, *pair) for pair in pairs)

@@ -121,7 +121,7 @@ def run(
         note(assumed)
         classified = labels == "predicted" or (labelled(train) and labels == "given")
         asked = finding.asked(labelled=classified and sought.value is not None and not places)
-        if places:
+        if places > 0:
             say(f"Concepts are clusters of places, {places:,} of each channel at most.")
         elif asked["concepts"] != (finding.concepts or "classes"):
             other = "; --labels predicted makes them of predicted classes"

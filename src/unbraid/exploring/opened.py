@@ -61,9 +61,14 @@ def open_run(
         device: likewise.
 
     Raises:
-        RunError: there is no run in the folder, or neither a split nor a scan.
+        RunError: there is no run in the folder, or neither a split nor a scan; or it is of places.
     """
     run, missing = Run(folder), []
+    if run.settings.places:
+        raise RunError(
+            f"The run in {folder} is of places in images, which the app does not show; open its "
+            "report.html instead."
+        )
 
     def attempt(get: Callable[[], Part], cost: str) -> Part | None:
         try:

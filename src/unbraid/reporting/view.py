@@ -24,6 +24,7 @@ from unbraid.visualizing.features import Features
 
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
+_MOST_TOLD = 5  # channels that a note names
 MAX_CELLS = 2000  # choices of thresholds
 LOW_ACCURACY = 0.5  # below it an image's class seldom is what the network sees in it
 
@@ -282,6 +283,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             "one of an image at most, and some drawn evenly from all. A picture shows what lies "
             "around its place. Figures over all images are over these places."
         )
+        notes += _tell_tokens(material)
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
@@ -342,6 +344,20 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         and positions is None,
     }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
+
+
+def _tell_tokens(material: Material) -> list[str]:
+    """Say which channels answer more to tokens that are no part of an image than to its places."""
+    n_images = material.scan.peaks.sum(1)
+    channels = [o for o in material.concepts if n_images[o]]
+    if not channels:
+        return []
+    most = sorted(channels, key=lambda o: -int(n_images[o]))[:_MOST_TOLD]
+    told = ", ".join(f"{o} (in {count(int(n_images[o]), 'image')})" for o in most)
+    return [
+        "CLS or a register answers more than every place of some images, of "
+        f"{count(len(channels), 'channel')}, most of all {told}; their places do not tell of these."
+    ]
 
 
 def _of_samples(material: Material, known: Evaluation) -> dict[str, bool]:
