@@ -2,7 +2,7 @@
 
     python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
-    python benchmarks/places.py maps --train SCAN --val SCAN
+    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--no-split]
 
 `compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
 brought to responses of one strength, which nothing behind the layer sees; so the network stays as
@@ -313,22 +313,38 @@ def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | No
                 print_row(kind, name, way, what, figure)
 
 
-def run_maps(train: Scan, val: Scan, n_places: int) -> None:
+def alone(
+    planted: Planted, pairs: Sequence[tuple[int, int]]
+) -> tuple[nn.Module, list[tuple[int, int]]]:
+    """The planted channels and their parts as a layer, without all others, which take time."""
+    parts = [o for pair in pairs for o in pair]
+    rows = planted.layer.weight.detach()
+    rows = torch.cat([rows[parts], rows[planted.n_out :]])
+    layer = nn.Conv2d(rows.shape[1], len(rows), 1, bias=False)
+    layer.weight = nn.Parameter(rows)
+    return layer, [(2 * k, 2 * k + 1) for k in range(len(pairs))]
+
+
+def run_maps(
+    train: Scan, val: Scan, n_places: int, n_images: int | None, *, recover: bool = True
+) -> None:
     """Do the same on the input maps of scans with positions."""
     own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
     own.weight.data = train.weight.view_as(own.weight)
     parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
     model = nn.Sequential(OrderedDict(parts)).eval()
     pairs = plant(model, "layer", Maps(train, pasted=False))
+    model.layer, pairs = alone(model.layer, pairs)  # type: ignore[arg-type]
     for kind in ("whole", "pasted"):
         with tempfile.TemporaryDirectory() as out:
             options: Any = {"labels": "predicted", "places": n_places}
-            scans = [
-                unbraid.scan(model, "layer.layer", images, Path(out) / part, **options)
-                for part, own_scan in (("train", train), ("val", val))
-                for images in [Maps(own_scan, pasted=kind == "pasted")]
-            ]
-            for way, what, figure in compare(*scans, pairs):
+            scans = []
+            for part, own_scan in (("train", train), ("val", val)):
+                images = Maps(own_scan, pasted=kind == "pasted")
+                some = range(0, len(images), max(1, len(images) // (n_images or len(images))))
+                where = Path(out) / part
+                scans.append(unbraid.scan(model, "layer", images, where, indices=some, **options))
+            for way, what, figure in compare(*scans, pairs, recover=recover):
                 print_row(kind, train.layer.name, way, what, figure)
 
 
@@ -368,6 +384,7 @@ def main() -> None:
     parser.add_argument("--layer", default=LAYERS[0])
     parser.add_argument("--images", type=int)
     parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--no-split", action="store_true", help="only find, which is fast")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="for scans, which are taken up again")
     asked = parser.parse_args()
@@ -375,7 +392,8 @@ def main() -> None:
         run_cost(asked.layer, asked.images or 512, asked.places, asked.rounds)
         return
     if asked.what == "maps":
-        run_maps(unbraid.open_scan(asked.train), unbraid.open_scan(asked.val), asked.places)
+        scans = (unbraid.open_scan(asked.train), unbraid.open_scan(asked.val))
+        run_maps(*scans, asked.places, asked.images, recover=not asked.no_split)
         return
     with tempfile.TemporaryDirectory() as scratch:
         run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)
