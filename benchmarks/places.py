@@ -242,6 +242,14 @@ def false_splits(scan: Scan, channels: Sequence[int]) -> int:
     return n
 
 
+def n_clustered(scan: Scan, channels: Sequence[int]) -> int:
+    """How many channels have two clusters or more, however alike what feeds them is."""
+    everywhere = mean_pooled(scan)
+    tops = clusters.top_images(scan, channels)
+    origins = ((top, averaged_relevance(scan, o, everywhere)) for o, top in tops)
+    return sum(len(find_clusters(top.relevance, origin)[0]) > 1 for top, origin in origins)
+
+
 def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
     """The two rows (2, J) whose sum a planted channel is."""
     rows = weight.double()
@@ -269,6 +277,8 @@ def compare(
         found = search(own, channels)
         yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
         scores[way] = {}
+        clustered = f"{n_clustered(own, channels)} of {len(pairs)}"
+        yield way, "two clusters or more, alike or not", clustered
         yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
         if not found.concepts:
             continue
