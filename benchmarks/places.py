@@ -2,7 +2,7 @@
 
     python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
-    python benchmarks/places.py maps --train SCAN --val SCAN
+    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--no-split]
 
 `compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
 brought to responses of one strength, which nothing behind the layer sees; so the network stays as
@@ -16,6 +16,7 @@ docs/places.md; needs what lite0.py names.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import tempfile
 from collections import OrderedDict
@@ -45,6 +46,12 @@ from unbraid.scanning.records import Scan
 
 LAYERS = ("_conv_head", "_blocks.8._expand_conv")
 N_PLANTED = 24
+# What `agreement` tells, of the channels found.
+AGREEMENT = (
+    "adjusted Rand, of the part that answers more",
+    "adjusted Rand, of the part more above its usual",
+    "parts told by concepts, 0 to 1",
+)
 N_SEEN = 64  # images that tell how strong channels respond
 PLACES = 1000
 SIZE = 224
@@ -107,41 +114,53 @@ class Maps(Dataset[tuple[Tensor, int]]):
 
 
 class Planted(nn.Module):
-    """A 1 x 1 convolution with more channels, which it does not hand on."""
+    """A 1 x 1 convolution or linear layer with more channels, which it does not hand on."""
 
-    def __init__(self, own: nn.Conv2d, pairs: Sequence[tuple[int, int]], strength: Tensor) -> None:
+    def __init__(
+        self, own: nn.Conv2d | nn.Linear, pairs: Sequence[tuple[int, int]], strength: Tensor
+    ) -> None:
         """Add a channel for each pair: the sum of both rows, by their strength (C_out,)."""
         super().__init__()
         rows = own.weight.detach()
-        scaled = rows / strength[:, None, None, None]
+        scaled = rows / strength.view(-1, *[1] * (rows.dim() - 1))
         new = torch.stack([scaled[a] + scaled[b] for a, b in pairs])
-        self.n_out = len(rows)
-        self.layer = nn.Conv2d(rows.shape[1], len(rows) + len(new), 1, bias=False)
+        self.n_out, n_all = len(rows), len(rows) + len(new)
+        self.axis = 1 if isinstance(own, nn.Conv2d) else -1
+        if isinstance(own, nn.Conv2d):
+            self.layer: nn.Module = nn.Conv2d(rows.shape[1], n_all, 1, bias=False)
+        else:
+            self.layer = nn.Linear(rows.shape[1], n_all, bias=own.bias is not None)
         self.layer.weight = nn.Parameter(torch.cat([rows, new]))
+        if own.bias is not None:
+            self.layer.bias = nn.Parameter(torch.cat([own.bias.detach(), rows.new_zeros(len(new))]))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Give what the convolution gave."""
-        return self.layer(x)[:, : self.n_out]
+        """Give what the layer gave."""
+        return self.layer(x).narrow(self.axis, 0, self.n_out)
 
 
 def strength_of(model: nn.Module, layer: nn.Module, images: Dataset[Any]) -> Tensor:
     """What the strongest of a thousand places of some images give a layer's channels, (C_out,)."""
     kept: list[Tensor] = []
     some = range(0, len(images), max(1, len(images) // N_SEEN))  # type: ignore[arg-type]
-    with layer.register_forward_hook(lambda _, __, z: kept.append(z.flatten(2))), torch.no_grad():
+
+    def keep(_: nn.Module, __: Any, z: Tensor) -> None:
+        kept.append(z.mT if isinstance(layer, nn.Linear) else z.flatten(2))
+
+    with layer.register_forward_hook(keep), torch.no_grad():
         for n in some:
             model(images[n][0][None])
     return torch.cat(kept, 2)[0].quantile(0.999, dim=1).clamp(min=1e-6)
 
 
-def plant(model: nn.Module, name: str, images: Dataset[Any]) -> list[tuple[int, int]]:
-    """Add channels to a layer; of which two each is the sum."""
+def plant(
+    model: nn.Module, name: str, images: Dataset[Any], n: int = N_PLANTED
+) -> list[tuple[int, int]]:
+    """Add n channels to a layer; of which two each is the sum."""
     own = model.get_submodule(name)
-    assert isinstance(own, nn.Conv2d)
-    assert own.bias is None
-    assert own.kernel_size == (1, 1)
+    assert isinstance(own, nn.Linear) or (own.bias is None and own.kernel_size == (1, 1))
     draw = random.Random(name)
-    channels = draw.sample(range(own.out_channels), 2 * N_PLANTED)
+    channels = draw.sample(range(len(own.weight)), 2 * n)
     pairs = list(zip(channels[::2], channels[1::2], strict=True))
     parent, _, last = name.rpartition(".")
     new = Planted(own, pairs, strength_of(model, own, images))
@@ -162,19 +181,44 @@ def inputs_of(scan: Scan, *, even: bool) -> Tensor:
     return torch.cat(parts)[:, 0].double()
 
 
-def agreement(scan: Scan, found: Findings, truth: dict[int, Tensor]) -> dict[int, float]:
-    """How concepts divide the images or places of a channel's clusters, as its two parts do."""
+def agreement(
+    scan: Scan, found: Findings, truth: dict[int, Tensor]
+) -> dict[int, tuple[float, ...]]:
+    """How concepts divide the images or places of a channel's clusters, as its two parts do.
+
+    The part that answers more, or more above what is usual for it, by its standard deviation:
+    adjusted Rand index by each. Then in how many members that part is the one of most of their
+    concept, beside the part of most members of the channel: from 0, no better, to 1.
+    """
     members, known = found.members_in(scan), {}
+    usual = inputs_of(scan, even=scan.manifest.places_of != "")
     for o, concepts in found.concepts.items():
-        mine, theirs = [], []
+        mine, theirs, above = [], [], []
+        spread = usual @ truth[o].T
         for records in scan.light_shards():
             concept = members.concept_of(records, concepts)
             own = concept >= 0
             parts = records.pooled[own, 0].double() @ truth[o].T
             mine += concept[own].tolist()
             theirs += parts.argmax(1).tolist()
-        known[o] = adjusted_rand_index(theirs, mine)
+            above += ((parts - spread.mean(0)) / spread.std(0)).argmax(1).tolist()
+        known[o] = (
+            adjusted_rand_index(theirs, mine),
+            adjusted_rand_index(above, mine),
+            told_by(above, mine),
+        )
     return known
+
+
+def told_by(parts: Sequence[int], concepts: Sequence[int]) -> float:
+    """How much better concepts tell parts than nothing does; NaN if all are of one part."""
+    n = len(parts)
+    blind = max(map(parts.count, set(parts)), default=0)
+    of_concept: dict[int, list[int]] = {}
+    for part, concept in zip(parts, concepts, strict=True):
+        of_concept.setdefault(concept, []).append(part)
+    told = sum(max(map(own.count, set(own))) for own in of_concept.values())
+    return (told - blind) / (n - blind) if n > blind else float("nan")
 
 
 def recovery(rows: Tensor, truth: Tensor, inputs: Tensor) -> float:
@@ -198,6 +242,14 @@ def false_splits(scan: Scan, channels: Sequence[int]) -> int:
     return n
 
 
+def n_clustered(scan: Scan, channels: Sequence[int]) -> int:
+    """How many channels have two clusters or more, however alike what feeds them is."""
+    everywhere = mean_pooled(scan)
+    tops = clusters.top_images(scan, channels)
+    origins = ((top, averaged_relevance(scan, o, everywhere)) for o, top in tops)
+    return sum(len(find_clusters(top.relevance, origin)[0]) > 1 for top, origin in origins)
+
+
 def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
     """The two rows (2, J) whose sum a planted channel is."""
     rows = weight.double()
@@ -206,8 +258,13 @@ def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
     return both * scale
 
 
-def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterator[tuple[Any, ...]]:
-    """Figures of whole images and of places, on held-out images and places."""
+def compare(
+    train: Scan, val: Scan, pairs: Sequence[tuple[int, int]], *, recover: bool = True
+) -> Iterator[tuple[Any, ...]]:
+    """Figures of whole images and of places, on held-out images and places.
+
+    Splits take the most time; they are made if `recover`, to see what of the parts comes back.
+    """
     channels = range(train.layer.n_out - len(pairs), train.layer.n_out)
     truth = {o: parts_of(train.weight, o, pair) for o, pair in zip(channels, pairs, strict=True)}
     judged = {
@@ -220,19 +277,23 @@ def compare(train: Scan, val: Scan, pairs: Sequence[tuple[int, int]]) -> Iterato
         found = search(own, channels)
         yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
         scores[way] = {}
+        clustered = f"{n_clustered(own, channels)} of {len(pairs)}"
+        yield way, "two clusters or more, alike or not", clustered
         yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
         if not found.concepts:
             continue
-        split_by[way] = unbraid.split(own, found)
+        if recover:
+            split_by[way] = unbraid.split(own, found)
         scores[way] = agreement(held_out, found, truth)
         n_concepts = fmean(map(len, found.concepts.values()))
         yield way, "concepts a channel", f"{n_concepts:.2f}"
+        for what, figures in zip(AGREEMENT, zip(*scores[way].values(), strict=True), strict=True):
+            known = [figure for figure in figures if not math.isnan(figure)]
+            yield way, what, f"{fmean(known):.3f}" if known else "none"
     both = sorted(set.intersection(*(set(scores[way]) for way in ways)))
-    if not both:
+    if not both or not recover:
         return
     for way, split in split_by.items():
-        mean, common = fmean(scores[way].values()), fmean(scores[way][o] for o in both)
-        yield way, "adjusted Rand, held-out", f"{mean:.3f} ({len(both)} channels: {common:.3f})"
         for on, inputs in judged.items():
             figures = [recovery(split[o].rows.double(), truth[o], inputs) for o in both]
             yield way, f"recovery on {on}", f"{fmean(figures):.3f}"
@@ -262,22 +323,38 @@ def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | No
                 print_row(kind, name, way, what, figure)
 
 
-def run_maps(train: Scan, val: Scan, n_places: int) -> None:
+def alone(
+    planted: Planted, pairs: Sequence[tuple[int, int]]
+) -> tuple[nn.Module, list[tuple[int, int]]]:
+    """The planted channels and their parts as a layer, without all others, which take time."""
+    parts = [o for pair in pairs for o in pair]
+    rows = planted.layer.weight.detach()
+    rows = torch.cat([rows[parts], rows[planted.n_out :]])
+    layer = nn.Conv2d(rows.shape[1], len(rows), 1, bias=False)
+    layer.weight = nn.Parameter(rows)
+    return layer, [(2 * k, 2 * k + 1) for k in range(len(pairs))]
+
+
+def run_maps(
+    train: Scan, val: Scan, n_places: int, n_images: int | None, *, recover: bool = True
+) -> None:
     """Do the same on the input maps of scans with positions."""
     own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
     own.weight.data = train.weight.view_as(own.weight)
     parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
     model = nn.Sequential(OrderedDict(parts)).eval()
     pairs = plant(model, "layer", Maps(train, pasted=False))
+    model.layer, pairs = alone(model.layer, pairs)  # type: ignore[arg-type]
     for kind in ("whole", "pasted"):
         with tempfile.TemporaryDirectory() as out:
             options: Any = {"labels": "predicted", "places": n_places}
-            scans = [
-                unbraid.scan(model, "layer.layer", images, Path(out) / part, **options)
-                for part, own_scan in (("train", train), ("val", val))
-                for images in [Maps(own_scan, pasted=kind == "pasted")]
-            ]
-            for way, what, figure in compare(*scans, pairs):
+            scans = []
+            for part, own_scan in (("train", train), ("val", val)):
+                images = Maps(own_scan, pasted=kind == "pasted")
+                some = range(0, len(images), max(1, len(images) // (n_images or len(images))))
+                where = Path(out) / part
+                scans.append(unbraid.scan(model, "layer", images, where, indices=some, **options))
+            for way, what, figure in compare(*scans, pairs, recover=recover):
                 print_row(kind, train.layer.name, way, what, figure)
 
 
@@ -317,6 +394,7 @@ def main() -> None:
     parser.add_argument("--layer", default=LAYERS[0])
     parser.add_argument("--images", type=int)
     parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--no-split", action="store_true", help="only find, which is fast")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="for scans, which are taken up again")
     asked = parser.parse_args()
@@ -324,7 +402,8 @@ def main() -> None:
         run_cost(asked.layer, asked.images or 512, asked.places, asked.rounds)
         return
     if asked.what == "maps":
-        run_maps(unbraid.open_scan(asked.train), unbraid.open_scan(asked.val), asked.places)
+        scans = (unbraid.open_scan(asked.train), unbraid.open_scan(asked.val))
+        run_maps(*scans, asked.places, asked.images, recover=not asked.no_split)
         return
     with tempfile.TemporaryDirectory() as scratch:
         run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)

@@ -1,5 +1,7 @@
 """Crops show what lies around a place, of the image that it lies in."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from unbraid.base.errors import DataError, UsageError
 from unbraid.reporting import figures
 from unbraid.reporting.crops import Crops, crop_box
 from unbraid.reporting.pictures import read_pictures
+from unbraid.reporting.view import _tell_tokens
 
 SIDE = 60
 
@@ -131,3 +134,11 @@ def test_figures_of_places_show_the_images_that_they_lie_in(made):
     assert blues <= set(records.image.tolist())
     with pytest.raises(UsageError, match="whole images"):
         unbraid.measure_semantics(split, scan, dataset, lambda batch: batch.flatten(1))
+
+
+def test_a_page_tells_of_channels_that_live_on_tokens_before_the_image():
+    peaks = torch.tensor([[0, 0], [3, 1], [0, 2]])
+    scan = SimpleNamespace(peaks=peaks)
+    (told,) = _tell_tokens(SimpleNamespace(scan=scan, concepts={0: (), 1: (), 2: ()}))
+    assert "of 2 channels, most of all 1 (in 4 images), 2 (in 2 images);" in told
+    assert _tell_tokens(SimpleNamespace(scan=scan, concepts={0: ()})) == []

@@ -332,6 +332,9 @@ def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
             unbraid.find(scan.places, concepts=concepts)
     with pytest.raises(UsageError, match="does not say which classes use a channel"):
         unbraid.sensitivity(scan.places)
+    hint = unbraid.find(scan.places, gamma=-1, concepts="clusters").hint
+    assert hint.endswith("Lists of 20 places are short for clusters; scan with places=1000.")
+    assert "short" not in unbraid.find(scan, gamma=-1, concepts="clusters").hint
     found = unbraid.find(scan.places, images={0: [[0, 1], [2, 5, 6]]})
     split = unbraid.split(scan.places, found)
     split.save(tmp_path / "split.safetensors")

@@ -74,6 +74,7 @@ def run(
     target: Target = "label",
     rho: float | None = None,
     encoder: str | None = None,
+    places: int = 0,
     everything: Annotated[bool, Parameter("--all")] = False,
     features: Features = True,
     overwrite: bool = False,
@@ -96,6 +97,8 @@ def run(
             nothing (none).
         rho: Use this rho for the published rule, instead of one chosen per channel.
         encoder: timm:NAME, a network that says how alike images are. By default your own network.
+        places: Make concepts of places in images instead of whole images: of each channel, this
+            many places that excite it most (docs/places.md). 0 means none.
         everything: Measure on all images and all channels instead of a sample (docs/scale.md).
         overwrite: Replace a run with other settings in OUT, once the new one is finished.
         quick: Take a first look only, at about a thousand images, in OUT/quick. The same command
@@ -125,8 +128,10 @@ def run(
         for images in (train, val):
             draw_by(images, drawn)
         classified = labels == "predicted" or (labelled(train) and labels == "given")
-        asked = finding.asked(labelled=classified and sought.value is not None)
-        if asked["concepts"] != (finding.concepts or "classes"):
+        asked = finding.asked(labelled=classified and sought.value is not None and not places)
+        if places > 0:
+            say(f"Concepts are clusters of places, {places:,} of each channel at most.")
+        elif asked["concepts"] != (finding.concepts or "classes"):
             other = "; --labels predicted makes them of predicted classes"
             say(f"Concepts are clusters of images{'' if sought.value is None else other}.")
         for done in run_in_turn(
@@ -150,6 +155,7 @@ def run(
             encoder=encoder,
             labels=labels_for(labels, train, of_outputs=sought.of_class),
             target=sought,
+            places=places,
             everything=everything,
             features=features,
             overwrite=overwrite,

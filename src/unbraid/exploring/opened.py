@@ -66,10 +66,15 @@ def open_run(
         bands: of these, those that are drawn.
 
     Raises:
-        RunError: there is no run in the folder, or neither a split nor a scan.
+        RunError: there is no run in the folder, or neither a split nor a scan; or it is of places.
         UnbraidError: the network cannot be had as `model`, `weights` and `device` name it.
     """
     run, missing = Run(folder, data, bands), []
+    if run.settings.places:
+        raise RunError(
+            f"The run in {folder} is of places in images, which the app does not show; open its "
+            "report.html instead."
+        )
 
     def attempt(get: Callable[[], Part], cost: str) -> Part | None:
         try:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unbraid.base.progress import QUIET, Progress
-from unbraid.base.tables import percent
+from unbraid.base.tables import count, percent
 from unbraid.finding.arv import averaged_relevance, cosines_of, group_classes
 from unbraid.finding.findings import Concept, Found
 from unbraid.finding.membership import (
@@ -33,6 +33,7 @@ _LEAST_PART = 0.25  # of the way from the mean response to the strongest
 _BYTES_AT_ONCE = 1 << 30  # of pooled inputs held in memory
 _ENOUGH = 8  # top images of a class, for it to be compared with clusters
 _NAMED = 0.1  # part of a cluster's images, for a class to be named beside the largest
+_FEW_PLACES = 500  # of a channel, in which clusters that are there are seldom found
 ALIKE = 0.45  # smallest cosine of an image with the centre of its cluster
 _SHARPNESS = 4  # power of the cosines that make up a density
 _MOST_CLUSTERS = 8  # of a channel
@@ -77,6 +78,11 @@ def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Fou
         found.hint = f"Nearest: {told}, which gamma would have to exceed."
     elif not found.pairs:
         found.hint = "No channel's top images form clusters that differ."
+    if not found.pairs and scan.manifest.places_of and scan.manifest.places < _FEW_PLACES:
+        found.hint += (
+            f" Lists of {count(scan.manifest.places, 'place')} are short for clusters; scan with "
+            "places=1000."
+        )
     return found
 
 

@@ -25,6 +25,7 @@ from unbraid.visualizing.features import Features
 
 MAX_ROWS = 300  # of reference images; with two concepts or more, at most 100 channels
 MAX_TEXT = 2000  # characters of a note or a setting, such as a preprocessing with many steps
+_MOST_TOLD = 5  # channels that a note names
 MAX_CELLS = 2000  # choices of thresholds
 LOW_ACCURACY = 0.5  # below it an image's class seldom is what the network sees in it
 
@@ -283,6 +284,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
             "one of an image at most, and some drawn evenly from all. A picture shows what lies "
             "around its place. Figures over all images are over these places."
         )
+        notes += _tell_tokens(material)
     if material.broken:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
@@ -301,6 +303,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     drawn = features.channels if features else ()
     missing = sum(part.channel not in drawn for part in material.parts)
     why = "for lack of time" if features and features.left_out else "none were given"
+    whole = not material.scan.manifest.places_of  # images, not places in them
     left_out: dict[str, Any] = {
         "Measures and the output check are left out: no evaluation was given.": not known
     }
@@ -309,20 +312,25 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         left_out |= {
             "The output check is left out: the evaluation compared no outputs.": known.output
             is None,
-            "Rectified errors are left out: they need a scan with positions.": shaped
+            "Rectified errors are left out: they need a scan with positions.": whole
+            and shaped
             and not any(shaped),
             f"Rectified errors of {count(shaped.count(False), 'channel')} are left out: the scan "
             "with positions lacks images of a concept.": any(shaped) and not all(shaped),
             **_of_samples(material, known),
             "R-precision and coverage are left out: the evaluation had a scan of some images "
             "only.": None in [channel.coverage for channel in known.channels],
-            "Nothing was switched off: the evaluation holds no ablation.": known.ablation is None
+            "Nothing was switched off: the evaluation holds no ablation.": whole
+            and known.ablation is None
             and material.scan.manifest.has_shares,
             "Nothing was switched off, and no relevance for the output is told: the scan has no "
-            "target.": not material.scan.manifest.has_shares,
+            "target.": whole and not material.scan.manifest.has_shares,
+            "From places nothing is switched off, and there are no rectified errors and no "
+            "semantic measures, which are of whole images.": not whole,
             f"Only {n_off:,} of {count(n, 'channel')} were switched off, those with the lowest "
             "cosines unless chosen otherwise.": known.ablation and n_off < n,
-            "Semantic measures are left out: the evaluation holds none.": known.semantics is None,
+            "Semantic measures are left out: the evaluation holds none.": whole
+            and known.semantics is None,
         }
     left_out |= {
         "Input channels are left out: no training scan was given.": train_scan is None,
@@ -333,9 +341,24 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
             features is not None and missing
         ),
-        "Where channels answer is left out: no scan with positions was given.": positions is None,
+        "Where channels answer is left out: no scan with positions was given.": whole
+        and positions is None,
     }
     return [*notes, *(note for note, holds in left_out.items() if holds)]
+
+
+def _tell_tokens(material: Material) -> list[str]:
+    """Say which channels answer more to tokens that are no part of an image than to its places."""
+    n_images = material.scan.peaks.sum(1)
+    channels = [o for o in material.concepts if n_images[o]]
+    if not channels:
+        return []
+    most = sorted(channels, key=lambda o: -int(n_images[o]))[:_MOST_TOLD]
+    told = ", ".join(f"{o} (in {count(int(n_images[o]), 'image')})" for o in most)
+    return [
+        "CLS or a register answers more than every place of some images, of "
+        f"{count(len(channels), 'channel')}, most of all {told}; their places do not tell of these."
+    ]
 
 
 def _of_samples(material: Material, known: Evaluation) -> dict[str, bool]:
@@ -348,7 +371,7 @@ def _of_samples(material: Material, known: Evaluation) -> dict[str, bool]:
         "likeness of images": seen and next((one.n_images for one in seen.channels.values()), None),
     }
     told = {what: n for what, n in sizes.items() if n and n < n_images}
-    if not told:
+    if not told or material.scan.manifest.places_of:  # of so many images, not places
         return {}
     what, n = ", ".join(told), max(told.values())
     return {
@@ -385,7 +408,8 @@ def _settings(material: Material) -> dict[str, str]:
         if broken:
             places = ", ".join(map(str, broken[:10])) + (" …" if len(broken) > 10 else "")
             images += f"; {count(len(broken), 'broken image')} left out (places {places})"
-        rows |= {f"{name} images": images, f"{name} data fingerprint": one.manifest.data}
+        what = "places in images" if one.manifest.places_of else "images"
+        rows |= {f"{name} {what}": images, f"{name} data fingerprint": one.manifest.data}
         if len(one.parts) > 1:
             parts = (f"{part.path.name} ({part.manifest.n_images:,})" for part in one.parts)
             rows[f"{name} scans"] = ", ".join(parts)

@@ -75,9 +75,9 @@ def circuits_of(
             "its report says that nothing was found."
         )
     part, concepts = _asked(run, channel, concept)
-    sums = class_sums(run.train_scan, (), run.split.clusters)
+    sums = class_sums(run.searched, (), run.split.clusters)
     own = [circuit_of(run.split, sums, part, k, max(n, N_FOLLOWED)) for k in concepts]
-    graphs = [circuit_graph(own, [(run.split, run.val_scan)], n=n)]
+    graphs = [circuit_graph(own, [(run.split, run.measured)], n=n)]
     before = list(earlier_runs(run))
     if before and network is not None:
         try:
@@ -107,7 +107,12 @@ def _asked(run: Run, channel: int, concept: int | None) -> tuple[ChannelSplit, S
 
 
 def earlier_runs(run: Run) -> Iterator[Run]:
-    """The runs of earlier layers of the same run that split something, nearest first."""
+    """The runs of earlier layers of the same run that split something, nearest first.
+
+    None of a run of places: circuits through layers are followed in whole images.
+    """
+    if run.settings.places:
+        return
     asked = str(replace(run.settings, everything=False))  # which an index does not tell apart
     name = run.split.layer.name
     around = dict.fromkeys((home_of(run.folder).parent, run.folder.parent))

@@ -26,7 +26,7 @@ from unbraid.reporting.figures import density_figure, source_figure, teaser_figu
 from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import as_labelled, validation_images
-from unbraid.running.sample import choose_for_positions, concerned_in
+from unbraid.running.sample import choose_for_positions, concerned_in, draw_sample
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
 from unbraid.scanning.targets import read_target
@@ -93,10 +93,20 @@ class Run:
         return scan
 
     @cached_property
+    def searched(self) -> Scan:
+        """What was searched and split by: of the training images, or of their places."""
+        return looked_at(self.train_scan, self.settings.places)
+
+    @cached_property
+    def measured(self) -> Scan:
+        """What was measured on and is shown: of the validation images, or of their places."""
+        return looked_at(self.val_scan, self.settings.places)
+
+    @cached_property
     def found(self) -> Findings:
         """The polysemantic channels."""
-        found = find(self.train_scan, **self.settings.thresholds.of_find)
-        return seen_in(self.val_scan, found)
+        found = find(self.searched, **self.settings.thresholds.of_find)
+        return seen_in(self.measured, found)
 
     @cached_property
     def sensitivity(self) -> Sensitivity | None:
@@ -106,8 +116,10 @@ class Run:
         return sensitivity(self.train_scan, found=self.found)
 
     @cached_property
-    def val_maps(self) -> Scan:
-        """Of the validation images concerned, with positions."""
+    def val_maps(self) -> Scan | None:
+        """Of the validation images concerned, with positions; None of a run of places."""
+        if self.settings.places:
+            return None
         of_all = concerned_in(self.val_scan, self.found)  # as older runs have them
         for which in (self.with_positions("val"), of_all):
             folder = folders.positions_folder(self.folder, "val", self.val_scan, **which)
@@ -136,8 +148,10 @@ class Run:
         return Split.load(path)
 
     @cached_property
-    def baseline(self) -> Split:
-        """By the published rule."""
+    def baseline(self) -> Split | None:
+        """By the published rule, which is for whole images; None of a run of places."""
+        if self.settings.places:
+            return None
         return Split.load(self.folder / "split-published.safetensors")
 
     @cached_property
@@ -156,13 +170,18 @@ class Run:
             "semantics": read_semantics(path),
         }
         measures |= {"baseline": self.baseline, "maps": self.val_maps}
-        return evaluate(self.split, self.val_scan, **measures)
+        return evaluate(self.split, self.measured, **measures)
 
     @cached_property
     def features(self) -> Features | None:
         """Feature visualisations; None if there are none."""
         folder = self.folder / folders.FEATURES
         return Features.load(folder) if folder.exists() else None
+
+    @property
+    def sample(self) -> list[int] | None:
+        """Indices of the validation images that networks are compared on; None for all."""
+        return draw_sample(self.val_scan, self.found, self.measured)
 
     @property
     def split_hash(self) -> str:
@@ -198,7 +217,8 @@ class Run:
         """Whether all results are there, those that may be asked for too."""
         names = ["findings.csv", "report.html"]
         if self.found.concepts:
-            names += ["split.safetensors", "split-published.safetensors", "evaluation.json"]
+            names += ["split.safetensors", "evaluation.json"]
+            names += ["split-published.safetensors"] * (not self.settings.places)
             refused = (self.folder / folders.NO_FEATURES).exists()  # as it would be again
             names += [folders.FEATURES] * (features and not refused)
         return all((self.folder / name).exists() for name in names)
@@ -206,7 +226,7 @@ class Run:
     @property
     def shown_on_page(self) -> dict[str, Any]:
         """What the page shows, but for pictures, as `unbraid.report` takes it."""
-        shown: dict[str, Any] = {"scan": self.val_scan, "train_scan": self.train_scan}
+        shown: dict[str, Any] = {"scan": self.measured, "train_scan": self.searched}
         shown |= {"found": self.found, "sensitivity": self.sensitivity}
         if self.evaluation is not None:
             shown |= {"evaluation": self.evaluation, "split": self.split}
@@ -216,6 +236,9 @@ class Run:
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         lead = folders.first_look_in_words(self.settings.source, self.found)
+        if self.settings.places and (n_broken := len(self.val_scan.broken())):
+            broken = f"{count(n_broken, 'validation image')} could not be read."
+            lead = f"{lead} {broken}".lstrip()
         command = self.settings.source.get("command")
         pictured: dict[str, Any] = {
             "dataset": self.images,
@@ -231,10 +254,15 @@ class Run:
         self, channel: int, kind: Literal["teaser", "densities", "sources"] = "teaser"
     ) -> Figure:
         """Draw a split channel as `unbraid.teaser_figure` and its like; RunError if none is."""
-        drawn = (self.split, self.val_scan, channel)
+        drawn = (self.split, self.measured, channel)
         if kind == "teaser":
             return teaser_figure(*drawn, dataset=self.images, features=self.features)
         return (density_figure if kind == "densities" else source_figure)(*drawn)
+
+
+def looked_at(scan: Scan, places: int) -> Scan:
+    """What a run with so many places of each channel looks at: these, or the images."""
+    return scan.places if places else scan
 
 
 def seen_in(val_scan: Scan, found: Findings) -> Findings:

@@ -37,6 +37,7 @@ from unbraid.reporting.pictures import Sight
 from unbraid.scanning.as_scanned import as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
+from unbraid.scanning.scan_options import MAX_PLACES
 
 SCANS = ("scan-train", "scan-val")
 SETTINGS = "settings.json"
@@ -95,23 +96,25 @@ class Settings:
     scans: tuple[str, ...] = ()  # what identifies them; older runs do not name theirs
     everything: bool = False  # whether all is measured on all images, not on a sample
     target: str = "label"  # name of the number of each image whose gradient was taken
+    places: int = 0  # of each channel, that concepts are made of; 0: of whole images
 
     def same_results(self, other: Settings) -> bool:
         """Whether two runs come to the same results: title, source and sight change none."""
         if self.scans and other.scans and self.scans != other.scans:
             return False
         mine, theirs = (
-            (s.thresholds, s.encoder, s.labels, s.everything, s.target) for s in (self, other)
+            (s.thresholds, s.encoder, s.labels, s.everything, s.target, s.places)
+            for s in (self, other)
         )
         return mine == theirs
 
     def __str__(self) -> str:
         """Name what results depend on, thresholds always and the rest where it is unusual."""
         told = asdict(self.thresholds) | {"labels": self.labels, "encoder": self.encoder}
-        told["target"] = self.target
+        told |= {"target": self.target, "places": self.places or None}
         told |= {"images measured": "all" if self.everything else None}
         usual = {"rho": None, "concepts": "classes", "labels": "given", "encoder": None}
-        usual |= {"images measured": None, "target": "label"}
+        usual |= {"images measured": None, "target": "label", "places": None}
         return ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in told.items()
@@ -145,6 +148,7 @@ def read_settings(out: Path) -> Settings | None:
         settings = build(Settings, entries)
         if not isinstance(settings.source.get("data", ""), str):
             raise ValueError("the folder of the data is no text")
+        in_range("the number of places", settings.places, 0, MAX_PLACES)
         for size in vars(settings.sight or Sight()).values():
             in_range("a size in sight", 1.0 if size is None else size, 1e-6, 1e6)
     except (FileNotFoundError, NotADirectoryError):

@@ -16,7 +16,7 @@ from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
-from unbraid.measuring.compare import OutputComparison
+from unbraid.measuring.compare import OutputComparison, compare_outputs
 from unbraid.measuring.encoders import Encoder, Penultimate, name_of_encoder
 from unbraid.measuring.likeness import Semantics
 from unbraid.measuring.one_pass import pass_once
@@ -55,6 +55,7 @@ class Measured:
     images: Dataset[Any]  # these
     everything: bool  # on all of them, or on a sample
     target: Scalar  # of the scan
+    places: Scan | None = None  # of these images, where the concepts are of places
 
 
 def measure(
@@ -62,6 +63,8 @@ def measure(
 ) -> dict[str, Any]:
     """Compare outputs, switch channels off and embed images: further arguments of `evaluate`."""
     scan, found = measured.scan, measured.found
+    if measured.places is not None:
+        return {"output": _compare(nets, measured, say, loading)}
     drawn = None if measured.everything else draw_sample(scan, found)
     indices: Sequence[int] = range(scan.manifest.n_images) if drawn is None else drawn
     if drawn is not None:
@@ -110,6 +113,25 @@ def measure(
                 raise
             say(f"Semantic measures are left out: {error}")
     return measures
+
+
+def _compare(
+    nets: Networks, measured: Measured, say: Callable[[str], None], loading: dict[str, Any]
+) -> OutputComparison:
+    """Compare outputs, which is all that can be done in whole images where concepts are not."""
+    scan = measured.scan
+    drawn = None
+    if not measured.everything:
+        drawn = draw_sample(scan, measured.found, measured.places)
+    told = "From places nothing is switched off, and no semantic measures are taken."
+    if drawn is not None:
+        n = f"{len(drawn):,} of {count(scan.manifest.n_images, 'validation image')}"
+        told = f"Comparing outputs on a sample of {n}; --all takes all. {told}"
+    say(told)
+    images = as_labelled(measured.images, scan)
+    loading |= {"indices": drawn, "tolerance": 0.0, "target": measured.target, "progress": True}
+    output = compare_outputs(nets.model, nets.model2, images, **loading)
+    return output if drawn is None else _of_all(output, scan)
 
 
 def _judge(

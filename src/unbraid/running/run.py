@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
+from unbraid.base.arguments import whole_number
 from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
 from unbraid.base.files import set_aside, write_whole
 from unbraid.base.modes import in_plain_modes
@@ -33,14 +34,14 @@ from unbraid.networks.relevance import undisturbed
 from unbraid.networks.weights import hash_weights
 from unbraid.reporting.pictures import sight_of
 from unbraid.running import folders
-from unbraid.running.finished import Run, seen_in
+from unbraid.running.finished import Run, looked_at, seen_in
 from unbraid.running.folders import Settings, Thresholds, as_labelled
 from unbraid.running.measures import Measured, Networks, measure
 from unbraid.running.sample import by_cosine, bytes_of_positions
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
-from unbraid.scanning.scan_options import MIN_SHARE, Labels, Loading
+from unbraid.scanning.scan_options import MAX_PLACES, MIN_SHARE, Labels, Loading
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
 from unbraid.splitting.split import check_rho, split
 from unbraid.splitting.splits import Split
@@ -72,6 +73,7 @@ class Job:
     overwrite: bool = False  # put finished results in the place of those in the folder
     first_look: Path | None = None  # folder of a run over some of the images, perhaps to come
     keep: bool = False  # leave finished results as they are, instead of making them again
+    places: int = 0  # of each channel, that concepts are made of in place of whole images
     command: str = ""  # that asked for it, for people; kept with the settings
 
     def scan(self, images: Dataset[Any], into: Mapping[str, Path], **which: Any) -> dict[str, Scan]:
@@ -135,8 +137,10 @@ def _scan_images(
     what, images = ("Training", job.train) if kind == "train" else ("Validation", job.val)
     job.say(f"{what} images:")
     own = {name: look / f"scan-{kind}" for name, look in looks.items()}
-    first = {"n_first": SIZES[kind], "looks": own} if own else {}
-    return job.scan(images, {name: home / f"scan-{kind}" for name, home in homes.items()}, **first)
+    which: dict[str, Any] = {"n_first": SIZES[kind], "looks": own} if own else {}
+    if job.places:
+        which["places"] = job.places
+    return job.scan(images, {name: home / f"scan-{kind}" for name, home in homes.items()}, **which)
 
 
 def broken_names(job: Job, train_scan: Scan, val_scan: Scan) -> list[str]:
@@ -147,13 +151,15 @@ def broken_names(job: Job, train_scan: Scan, val_scan: Scan) -> list[str]:
 
 def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: Encoder) -> Run:
     """Find, choose a folder for the results, and make them there."""
-    found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
+    searched, measured = (looked_at(own, job.places) for own in (train_scan, val_scan))
+    found = seen_in(measured, find(searched, **job.thresholds.of_find, progress=True))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
     source = job.source | ({"command": job.command} if job.command else {})
     asked = (job.title, job.thresholds, source, job.encoder, job.labels)
     named = read_target(job.target).name
     # A report that is written again knows no preprocessing.
-    settings = Settings(*asked, sight_of(job.val), scans, job.everything, named)
+    about = (sight_of(job.val), scans, job.everything, named, job.places)
+    settings = Settings(*asked, *about)
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
@@ -181,12 +187,13 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
         made.sensitivity.to_csv(folder / "sensitivity.csv")
     if found.concepts:
         job.say(f"Found {found.pairs_in_words} in {found.channels_in_words}; splitting them.")
-        made.split = split(made.train_scan, found, progress=True)
+        made.split = split(made.searched, found, progress=True)
         made.split.save(folder / "split.safetensors")
-        made.baseline = _baseline(job, made)
-        made.baseline.save(folder / "split-published.safetensors")
         model2 = apply(job.model, made.split)
-        made.val_maps = _scan_positions(job, made, "val")
+        if not job.places:  # both ask for whole images
+            made.baseline = _baseline(job, made)
+            made.baseline.save(folder / "split-published.safetensors")
+            made.val_maps = _scan_positions(job, made, "val")
         made.evaluation = _measure(job, made, model2, encoder)
         made.evaluation.save(folder / "evaluation.json")
         made.features = _visualize(job, made, model2)
@@ -222,14 +229,15 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
     """Compare outputs, switch concept channels off, and take all measures of a split."""
     nets = Networks(job.model, model2, encoder)
     about = (made.found, made.split, made.val_scan, job.val, job.everything)
-    measured = Measured(*about, read_target(job.target))
+    places = made.measured if job.places else None
+    measured = Measured(*about, read_target(job.target), places)
     with ExitStack() as stack:
         if made.val_scan.manifest.channels_last:  # as fast as the scan
             for network in (job.model, model2):
                 stack.enter_context(kept_channels_last(unwrap(network)))
         measures = measure(nets, measured, job.say, job.loading_of(made))
     measures |= {"baseline": made.baseline, "maps": made.val_maps}
-    return evaluate(made.split, made.val_scan, **measures)
+    return evaluate(made.split, made.measured, **measures)
 
 
 def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
@@ -273,6 +281,7 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
             f"Without {without} there are no classes to find concepts of; ask for "
             "concepts='clusters'."
         )
+    _check_places(job)
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
             folders.read_settings(own)  # else it would not be known whose results they are
@@ -289,6 +298,26 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
                 encode(next(load_batches(encoder, job.val, [[index]], 0)))
                 break
     return encoder
+
+
+def _check_places(job: Job) -> None:
+    """Raise a UsageError if what is asked for cannot be made of places."""
+    whole_number("places", job.places, 0, MAX_PLACES)
+    if not job.places:
+        return
+    if job.thresholds.concepts != "clusters":
+        raise UsageError(
+            "Places have no classes to find concepts of; ask for concepts='clusters' with places."
+        )
+    if job.thresholds.rho is not None:
+        raise UsageError(
+            "rho is of the published rule, which is for whole images; leave it out with places."
+        )
+    if job.encoder is not None:
+        raise UsageError(
+            "An encoder compares whole images, so from places there is nothing for it to do; "
+            "leave it out."
+        )
 
 
 def _refuse_sizes(job: Job) -> None:

@@ -54,12 +54,18 @@ def by_cosine(found: Findings) -> list[int]:
     return list(first | dict.fromkeys(found.channels))
 
 
-def draw_sample(scan: Scan, found: Findings) -> list[int] | None:
-    """Indices of a sample of a scan's images, half of them of concepts; None for all images."""
+def draw_sample(scan: Scan, found: Findings, places: Scan | None = None) -> list[int] | None:
+    """Indices of a sample of a scan's images, half of them of concepts; None for all images.
+
+    Concepts may be of places of these images, whose scan then is `places`.
+    """
     n = size_of_sample(scan.manifest.n_images)
     if n == scan.manifest.n_images:
         return None
-    chosen = in_balance(scan, found, n // 2)
+    chosen = in_balance(places or scan, found, n // 2)
+    if places is not None and places.manifest.places_of:
+        image = torch.cat(list(places.columns("image")))
+        chosen = image[chosen].unique().tolist()
     index = torch.cat(list(scan.columns("index")))
     others = index[~torch.isin(index, torch.tensor(chosen, dtype=torch.int64))]
     return sorted([*chosen, *_first(others, n - len(chosen)).tolist()])

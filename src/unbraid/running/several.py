@@ -27,7 +27,7 @@ from unbraid.networks.layers import ALL, is_pattern, layer_folder, layer_names
 from unbraid.reporting.layers import DATA, LayerRow, Layers, describe_layer, read_layers
 from unbraid.reporting.layers_page import write_index
 from unbraid.running.circuits import follow_layers
-from unbraid.running.finished import Run, seen_in
+from unbraid.running.finished import Run, looked_at, seen_in
 from unbraid.running.folders import SCANS, Settings
 from unbraid.running.run import (
     Job,
@@ -40,7 +40,7 @@ from unbraid.running.run import (
     try_layer,
     try_scan,
 )
-from unbraid.running.sample import by_cosine, draw_sample
+from unbraid.running.sample import by_cosine
 from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.every import as_many_as_fit, as_options, tell_rest
 from unbraid.scanning.records import Scan
@@ -112,7 +112,8 @@ def run_layers(
 @in_plain_modes
 def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) -> LayerRuns:
     """Search all layers in one pass, and make a run of those that are worth it."""
-    chosen, left_out = as_many_as_fit(job.model, asked, every, [job.train, job.val])
+    sets = [job.train, job.val]
+    chosen, left_out = as_many_as_fit(job.model, asked, every, sets, job.places)
     encoder = prepare(job, {})
     names, notes = _usable(job, chosen)
     if left_out:
@@ -186,7 +187,7 @@ def _usable(job: Job, names: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _search(job: Job, scans: tuple[Scan, Scan], depth: int, measured: bool) -> LayerRow:
     """Find a layer's polysemantic channels; measure some of them, split by the records alone."""
-    train_scan, val_scan = scans
+    train_scan, val_scan = (looked_at(scan, job.places) for scan in scans)
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     evaluation = None
     if found.concepts and measured:
@@ -237,7 +238,8 @@ class _Index:
         """Find the folder; read what is there."""
         self.title, self.every, self.notes = job.title, list(every), list[str]()
         named = read_target(job.target).name
-        self.settings = str(Settings("", job.thresholds, {}, job.encoder, job.labels, target=named))
+        own = Settings("", job.thresholds, {}, job.encoder, job.labels, places=job.places)
+        self.settings = str(replace(own, target=named))
         self.folder = out if job.overwrite else self._own_folder(out)
         before = read_layers(self.folder)
         same = before is not None and before.settings == self.settings
@@ -306,6 +308,6 @@ def _compare_together(job: Job, runs: Mapping[str, Run]) -> OutputComparison | N
         return None
     job.say("Checking the outputs with all layers split.")
     model2, loading = apply(job.model, [done.split for done in found]), job.loading_of(found[0])
-    which = None if job.everything else draw_sample(found[0].val_scan, found[0].found)
+    which = None if job.everything else found[0].sample
     loading |= {"indices": which, "tolerance": 0.0, "progress": True, "target": job.target}
     return compare_outputs(job.model, model2, job.val, **loading)
