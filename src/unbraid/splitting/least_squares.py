@@ -220,10 +220,10 @@ def terms_of(
     share: float,
 ) -> list[Term]:
     """The errors of single images that the mask of concept k should make small."""
-    pooled = [problem.beyond(images, omega, k).times(share), quiet.times(share)]
-    if shape is None:
-        return [*pooled]
-    return [*pooled, Rectified.of(shape, k, omega, 1 - share, problem.part)]
+    terms: list[Term] = [problem.beyond(images, omega, k).times(share), quiet.times(share)]
+    if shape is not None:
+        terms.append(Rectified.of(shape, k, omega, 1 - share, problem.part))
+    return terms
 
 
 def fit_least_squares(
