@@ -202,17 +202,20 @@ def test_background_is_the_relative_response_to_images_of_no_concept(case):
     scan, found = case
     for channel in found.concepts:
         problem, images = problem_of(scan, found, channel), images_of(scan, found, channel)
-        asked, rest = ls.with_background(problem, images), images.concept < 0
+        quiet, rest = ls.background(problem, images), images.concept < 0
         row = augmented_row(scan, channel)
         z = (images.inputs @ row)[rest]
+        rows = quiet.root[:, None] * images.inputs[:, :-1] * row[:-1]
+        torch.testing.assert_close(quiet.diagonal(), rows.square().sum(0), rtol=1e-5, atol=1e-9)
         for mask in torch.rand_like(problem.linear):
-            held = torch.cat([mask, torch.ones(1).double()])
-            z_k, z_0 = ((images.inputs * row) @ whole for whole in (held, held * (held == 1)))
-            slow = 0.2 * (z_k[rest].square().sum() - z_0[rest].square().sum()) / z.square().sum()
-            fast = (asked.loss(mask[None]) - problem.loss(mask[None]))[0]
-            assert float(fast) == pytest.approx(float(slow), rel=1e-5, abs=1e-7)
+            z_k = ((images.inputs * row) @ torch.cat([mask, torch.ones(1).double()]))[rest]
+            slow = 0.2 * float(z_k.square().sum() / z.square().sum())
+            for weight in (1.0, 0.5):
+                errors = quiet.times(weight).near(mask).errors
+                assert float(errors.square().sum()) == pytest.approx(weight * slow)
+            assert float(quiet.near(0.9 * mask).errors.square().sum()) != pytest.approx(slow)
         alone = images.of(images.concept >= 0)
-        assert torch.equal(ls.with_background(problem, alone).gram, problem.gram)
+        assert not ls.background(problem, alone).near(mask).errors.any()
 
 
 def test_row_prior_is_from_the_other_rows(case):
@@ -244,13 +247,15 @@ def test_solve_finds_the_optimum_that_scipy_finds(case, rectified, part):
         fit = ls.solve(problem, images, WEIGHTS, prior, spread=spread, gain=1e-12)
         assert ((fit.masks >= 0) & (fit.masks <= 1)).all()
         share = 0.45 + 0.55 * problem.shrinkage if rectified else 1.0
-        problem = ls.with_background(problem, images)
+        quiet = ls.background(problem, images)
         for k, mask in enumerate(fit.masks):
             curvature = problem.curvature(k)
             least = max(WEIGHTS.penalty, 5 * problem.shrinkage)
-            penalty = least * float(curvature.diagonal().mean()) * prior
+            scale = float((curvature.diagonal() + quiet.diagonal()).mean())
+            penalty = least * scale * prior
             even = torch.full_like(mask, 1 / len(fit.masks))
-            terms = [problem.beyond(images, WEIGHTS.silence, k).times(share)]
+            beyond = problem.beyond(images, WEIGHTS.silence, k)
+            terms = [beyond.times(share), quiet.times(share)]
             if rectified:
                 shape = ls.Shape.of(problem.row, images, spread)
                 terms.append(ls.Rectified.of(shape, k, WEIGHTS.silence, 1 - share, part))

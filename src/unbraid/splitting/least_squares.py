@@ -17,7 +17,7 @@ from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members
 from unbraid.splitting.material import ChannelImages, on_images
 from unbraid.splitting.moments import Moment, RowPrior, augmented_row
-from unbraid.splitting.objective import Beyond, Objective, weighted_moments
+from unbraid.splitting.objective import Background, Beyond, Objective, Term, descend
 from unbraid.splitting.rectified import Rectified, Shape, spreads_of
 from unbraid.splitting.silence import MARGIN, Images, Rest
 
@@ -25,7 +25,7 @@ N_IMAGES = 5000  # of a class or cluster, which the fit looks at
 BACKGROUND = 0.2  # of two-sided silence on images of no concept
 PRESENCE = 3.0  # of responses to own images that fall short; docs/evidence-splitting.md
 LEAST_PENALTY = 5.0  # times alpha: what few images leave open, other rows of the layer must say
-_LEAST_GAIN = 1e-5  # part of the objective for which another step is worth it
+_LEAST_GAIN = 1e-6  # part of the objective for which another step is worth it
 _POOLED_SHARE = 0.45  # at least, of pooled beside rectified responses; docs/evidence-splitting.md
 
 
@@ -95,17 +95,12 @@ def _relative(images: Images, chosen: Tensor, weight: float, power: float) -> Te
     return (weight / total * counts).sqrt() if total else torch.zeros_like(counts)
 
 
-def with_background(problem: Problem, images: Images) -> Problem:
+def background(problem: Problem, images: Images) -> Background:
     """Ask of every mask for a small response, of either sign, to images of no concept."""
     counts = images.weight * (images.concept < 0)
-    power = counts @ (images.inputs @ problem.row).square()
-    if not power:
-        return problem
-    moments = weighted_moments(images, BACKGROUND * counts / power)
-    moments = moments * torch.outer(problem.row, problem.row)  # (J + 1, J + 1)
-    return replace(
-        problem, gram=problem.gram + moments[:-1, :-1], linear=problem.linear - moments[-1, :-1]
-    )
+    power = float(counts @ (images.inputs @ problem.row).square())
+    root = (BACKGROUND / power * counts).sqrt() if power else torch.zeros_like(counts)
+    return Background(images, problem.row, root)
 
 
 def pose(row: Tensor, moments: Sequence[Moment], part: float = 1.0) -> Problem:
@@ -173,22 +168,25 @@ def solve(
     gain: float = _LEAST_GAIN,
 ) -> Fit:
     """Solve the problems of one channel, on pooled and, with a spread, on rectified responses."""
-    problem = with_background(problem, images)
     n_concepts, n_taps = problem.linear.shape
     even = torch.full((n_taps,), 1 / n_concepts, dtype=torch.float64)
     spread, share = shaped_by(problem, spread)
     shape = None if spread is None else Shape.of(problem.row, images, spread)
     weights = replace(weights, penalty=max(weights.penalty, LEAST_PENALTY * problem.shrinkage))
-    masks, residuals = [], []
+    quiet = background(problem, images)
+    objectives = []
     for k in range(n_concepts):
-        mask = even if start is None else start[k].double().clamp(0, 1)
-        scale = weights.penalty * float(problem.curvature(k).diagonal().mean())
-        target = aim(problem, images, weights.silence, k, shape, share)
-        objective = target.near(even, scale * prior)
-        mask, residual = objective.solve(mask, gain)
-        masks.append(mask)
-        residuals.append(residual)
-    return Fit(torch.stack(masks), weights, max(residuals), problem.shrinkage)
+        if not k or problem.own:  # else concepts have one quadratic and one penalty
+            curvature = problem.curvature(k)
+            scale = float((curvature.diagonal() + quiet.diagonal()).mean())
+            penalty = weights.penalty * scale * prior
+            gram, linear = share * curvature + penalty, penalty @ even
+        terms = terms_of(problem, images, weights.silence, k, quiet, shape, share)
+        objectives.append(Objective(gram, share * problem.linear[k] + linear, terms))
+    masks = [even if start is None else start[k].double().clamp(0, 1) for k in range(n_concepts)]
+    found = descend(objectives, masks, gain)
+    residual = max(residual for _, residual in found)
+    return Fit(torch.stack([mask for mask, _ in found]), weights, residual, problem.shrinkage)
 
 
 def shaped_by(problem: Problem, spread: Tensor | None) -> tuple[Tensor | None, float]:
@@ -208,12 +206,24 @@ def aim(
     share: float = 1.0,
 ) -> Objective:
     """What the mask of concept k should minimise, without penalty."""
-    gram, linear = problem.curvature(k), problem.linear[k]
-    beyond = problem.beyond(images, omega, k)
-    if shape is None:
-        return Objective(gram, linear, [beyond])
-    shaped = Rectified.of(shape, k, omega, 1 - share, problem.part)
-    return Objective(share * gram, share * linear, [beyond.times(share), shaped])
+    terms = terms_of(problem, images, omega, k, background(problem, images), shape, share)
+    return Objective(share * problem.curvature(k), share * problem.linear[k], terms)
+
+
+def terms_of(
+    problem: Problem,
+    images: Images,
+    omega: float,
+    k: int,
+    quiet: Background,
+    shape: Shape | None,
+    share: float,
+) -> list[Term]:
+    """The errors of single images that the mask of concept k should make small."""
+    terms: list[Term] = [problem.beyond(images, omega, k).times(share), quiet.times(share)]
+    if shape is not None:
+        terms.append(Rectified.of(shape, k, omega, 1 - share, problem.part))
+    return terms
 
 
 def fit_least_squares(

@@ -5,15 +5,16 @@ Shapes: N images, J taps.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from unbraid.splitting.box_solver import solve_box
+from unbraid.splitting.conjugate import Common, step_in_box
 from unbraid.splitting.moments import products_of
 from unbraid.splitting.silence import Images, Near
 
@@ -21,7 +22,7 @@ _MAX_STEPS = 30
 _HALVINGS = 8
 _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
-_STILL = 10.0  # times the least gain: a step that would move no tap further is not taken
+_STILL = 300.0  # times the least gain: a step that would move no tap further is not taken
 _NEAR = 1e-6  # KKT residual of a step, whose curvature is no more exact
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
 
@@ -66,6 +67,28 @@ class Beyond:
 
 
 @dataclass(frozen=True)
+class Background:
+    """Pooled responses of a concept channel, of either sign, to images of no concept."""
+
+    images: Images
+    row: Tensor  # (J + 1,)
+    root: Tensor  # (N,), root of what an image counts
+
+    def near(self, mask: Tensor, response: Tensor | None = None) -> Near:
+        """Errors near a mask, and how they change with it."""
+        z = self.images.respond(self.row, mask) if response is None else response
+        return Near(z * self.root, self.root, torch.zeros_like(z), torch.zeros_like(mask))
+
+    def diagonal(self) -> Tensor:
+        """Of half the curvature, (J,)."""
+        return diagonal_of(self.images, self.row, self.root.square())
+
+    def times(self, weight: float) -> Background:
+        """The same errors, whose squares count as much less."""
+        return replace(self, root=self.root * weight**0.5)
+
+
+@dataclass(frozen=True)
 class Objective:
     """What one mask should minimise: m.G.m - 2 l.m plus the squared errors of terms."""
 
@@ -73,89 +96,110 @@ class Objective:
     linear: Tensor  # (J,)
     terms: Sequence[Term]
 
-    def near(self, center: Tensor, penalty: Tensor) -> Objective:
-        """The same, with a penalty (J, J) on being far from a mask."""
-        return replace(self, gram=self.gram + penalty, linear=self.linear + penalty @ center)
+    @cached_property
+    def rough_gram(self) -> Tensor:
+        """The quadratic's matrix in float32."""
+        return self.gram.float()
 
     def value(self, mask: Tensor) -> float:
         """The objective, up to a constant."""
-        return self._at(mask).value
+        return self.at(mask).value
 
     def solve(self, mask: Tensor, gain: float) -> tuple[Tensor, float]:
-        """Go down from a mask while a step gains more than a part of the objective.
+        """Go down from a mask as `descend` does; the second answer is the residual there."""
+        return descend([self], [mask], gain)[0]
 
-        The second answer is the residual of the first.
+    def descend(self, point: Point, common: Common | None, gain: float) -> tuple[Tensor, float]:
+        """Go down from a point while a step gains more than a part of the objective.
 
-        Each step holds which errors are active, and how they change, and solves what is left. How
-        they change on the whole is exact, and their curvature as float32 has it, which changes the
-        way, not where it ends.
+        Each step holds which errors are active, and how they change, and nearly solves what is
+        left. Where that leads nowhere, the curvature is written down and solved by.
         """
-        point, curvature = self._at(mask), Curvature(self.terms[0].images)
-        steepest = 0.0  # the largest of the curvature's diagonal, once it is known
+        curvature = Curvature(self.terms[0].images)
         for _ in range(_MAX_STEPS):
-            gradient, crosses = self._slopes(point)
-            left = _moved(point.mask, gradient, steepest) if steepest else math.inf
-            if left <= _STILL * gain:
-                return point.mask, left
-            curvature.follow(_counts(point.nears))
-            gram = self._curved(curvature.matrix, point.nears, crosses)
-            # So that neither rounding nor what has not been followed makes a step too long.
-            gram.diagonal().add_(_ROUGH_RIDGE * (gram.diagonal() - self.gram.diagonal()))
-            steepest = float(gram.diagonal().amax())
-            ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
-            ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
-            linear = gram @ point.mask + ridge * point.mask - gradient
-            change = solve_box(gram, ridge, linear, point.mask, _NEAR) - point.mask
-            for _ in range(_HALVINGS):
-                ahead = self._at(point.mask + change)
-                if ahead.value < point.value:
+            gradient, crosses = self._slopes(point, common)
+            ahead = None
+            if common is not None:
+                if common.moves(point.mask, gradient) <= _STILL * gain:
                     break
-                change = change / 2
-            else:
+                turns = [
+                    (cross, near.turn)
+                    for cross, near in zip(crosses, point.nears, strict=True)
+                    if cross.any()
+                ]
+                times = common.product(self.rough_gram, counts_of(point.nears), turns)
+                reached = step_in_box(times, common.inverse, gradient, point.mask)
+                ahead = self._lower(point, reached - point.mask, common)
+            if ahead is None:
+                curvature.follow(counts_of(point.nears))
+                gram = self._curved(curvature.matrix, point.nears, crosses)
+                ahead = self._lower(point, self._exact_step(point, gradient, gram), common)
+            if ahead is None:
                 break
             before, point = point.value, ahead
             if before - point.value <= gain * abs(point.value):
                 break
-        return point.mask, self._residual(point)
+        return point.mask, self._residual(point, common)
+
+    def _exact_step(self, point: Point, gradient: Tensor, gram: Tensor) -> Tensor:
+        """The change of the mask, (J,), to where the model of a curvature (J, J) is least."""
+        # So that neither rounding nor what has not been followed makes a step too long.
+        gram.diagonal().add_(_ROUGH_RIDGE * (gram.diagonal() - self.gram.diagonal()))
+        ridge = _LEAST_RIDGE * float(gram.diagonal().mean())
+        ridge = max(ridge, torch.finfo(gram.dtype).tiny)  # a channel that never responds
+        linear = gram @ point.mask + ridge * point.mask - gradient
+        return solve_box(gram, ridge, linear, point.mask, _NEAR) - point.mask
+
+    def _lower(self, point: Point, change: Tensor, common: Common | None) -> Point | None:
+        """Where a change of the mask, or half or less of it, leads down; None if it does not."""
+        for _ in range(_HALVINGS):
+            ahead = self.at(point.mask + change, common)
+            if ahead.value < point.value:
+                return ahead
+            change = change / 2
+        return None
 
     def residual(self, mask: Tensor) -> float:
         """How far a mask is from the nearest answer: a projected gradient step's change."""
-        return self._residual(self._at(mask))
+        return self._residual(self.at(mask))
 
-    def _residual(self, point: _Point) -> float:
-        gradient, crosses = self._slopes(point)
+    def _residual(self, point: Point, common: Common | None = None) -> float:
+        gradient, crosses = self._slopes(point, common)
         images, row = self.terms[0].images, self.terms[0].row
-        squares = (_counts(point.nears).float() @ images.squares).double()
-        diagonal = (squares * row.square())[:-1]
-        diagonal += self.gram.diagonal()
+        diagonal = self.gram.diagonal() + diagonal_of(images, row, counts_of(point.nears))
         for cross, near in zip(crosses, point.nears, strict=True):
             diagonal += 2 * cross * near.turn
         return _moved(point.mask, gradient, float(diagonal.amax()))
 
-    def _at(self, mask: Tensor) -> _Point:
-        """What the objective and its errors are at a mask."""
-        response = self.terms[0].images.respond(self.terms[0].row, mask)
+    def at(self, mask: Tensor, common: Common | None = None) -> Point:
+        """What the objective and its errors are at a mask, in float32 if something is common."""
+        if common is None:
+            response = self.terms[0].images.respond(self.terms[0].row, mask)
+        else:
+            response = common.respond(mask)
         nears = [term.near(mask, response) for term in self.terms]
         held = self.gram @ mask
         errors = sum(float(near.errors.square().sum()) for near in nears)
-        return _Point(mask, held, nears, float(mask @ (held - 2 * self.linear)) + errors)
+        return Point(mask, held, nears, float(mask @ (held - 2 * self.linear)) + errors)
 
-    def _slopes(self, point: _Point) -> tuple[Tensor, Tensor]:
+    def _slopes(self, point: Point, common: Common | None = None) -> tuple[Tensor, Tensor]:
         """Half the gradient, (J,), and what each near's turn meets in half the curvature, (T, J).
 
         The latter is to be taken once from either side.
         """
         images, row = self.terms[0].images, self.terms[0].row
-        pull = torch.stack([near.along * near.errors for near in point.nears]).sum(0)  # (N,)
-        turning = [t for t, near in enumerate(point.nears) if near.across.any()]
-        pulls = [pull, *(point.nears[t].along * point.nears[t].across for t in turning)]
-        met = (torch.stack(pulls) @ images.inputs * row)[:, :-1]  # in one passage through them
-        gradient = point.held - self.linear + met[0]
+
+        def met(pull: Tensor) -> Tensor:
+            return (pull @ images.inputs * row)[:-1] if common is None else common.gather(pull)
+
+        pulls = torch.stack([near.along * near.errors for near in point.nears])
+        gradient = point.held - self.linear + met(pulls.sum(0))
         crosses = torch.zeros(len(point.nears), len(gradient), dtype=gradient.dtype)
-        for t, along in zip(turning, met[1:], strict=True):
-            near = point.nears[t]
-            gradient += (near.across @ near.errors) * near.turn
-            crosses[t] = along + near.across.square().sum() / 2 * near.turn
+        for cross, near in zip(crosses, point.nears, strict=True):
+            if near.across.any():
+                gradient += (near.across @ near.errors) * near.turn
+                cross.copy_(met(near.along * near.across))
+                cross.add_(near.turn, alpha=float(near.across.square().sum()) / 2)
         return gradient, crosses
 
     def _curved(self, moments: Tensor, nears: Sequence[Near], crosses: Tensor) -> Tensor:
@@ -169,13 +213,28 @@ class Objective:
 
 
 @dataclass(frozen=True)
-class _Point:
+class Point:
     """A mask, and what an objective is there."""
 
     mask: Tensor  # (J,)
     held: Tensor  # (J,), the quadratic's matrix times the mask
     nears: Sequence[Near]
     value: float
+
+
+def descend(
+    objectives: Sequence[Objective], masks: Sequence[Tensor], gain: float
+) -> list[tuple[Tensor, float]]:
+    """Go down from a mask each, and tell the residual of each answer.
+
+    The objectives are those of one channel, of about the same curvature: what it takes to invert
+    one is spared for the others.
+    """
+    points = [own.at(mask) for own, mask in zip(objectives, masks, strict=True)]
+    counts = torch.stack([counts_of(point.nears) for point in points]).mean(0)
+    first = objectives[0].terms[0]
+    common = Common.of(first.images, first.row, objectives[0].gram, counts)
+    return [own.descend(point, common, gain) for own, point in zip(objectives, points, strict=True)]
 
 
 class Curvature:
@@ -210,12 +269,19 @@ def weighted_moments(images: Images, weights: Tensor) -> Tensor:
     return products_of(rows, rows * shares[:, None]).double() * most
 
 
+def diagonal_of(images: Images, row: Tensor, counts: Tensor) -> Tensor:
+    """The diagonal of half the curvature that images bring about who count so much, (J,)."""
+    most = counts.amax().clamp(min=torch.finfo(counts.dtype).tiny)
+    squares = ((counts / most).float() @ images.squares).double() * most
+    return (squares * row.square())[:-1]
+
+
 def _moved(mask: Tensor, gradient: Tensor, steepest: float) -> float:
     """How far a projected gradient step moves a mask, at most in any tap."""
     scale = max(steepest, torch.finfo(gradient.dtype).tiny)
     return float((mask - (mask - gradient / scale).clamp(0, 1)).abs().amax())
 
 
-def _counts(nears: Sequence[Near]) -> Tensor:
+def counts_of(nears: Sequence[Near]) -> Tensor:
     """What images count in the curvature, (N,)."""
     return torch.stack([near.along.square() for near in nears]).sum(0)

@@ -31,7 +31,7 @@ class Shape:
     @classmethod
     def of(cls, row: Tensor, images: Images, spread: Tensor) -> Shape:
         """Take a channel's weights and bias, (J + 1,), and deviations within images, (M, J)."""
-        return cls(images, row, spread * row[:-1] / max(1, len(spread)) ** 0.5)
+        return cls(images, row, spread * (row[:-1] / max(1, len(spread)) ** 0.5).to(spread))
 
     @cached_property
     def original(self) -> Tensor:
@@ -44,22 +44,28 @@ class Shape:
         `pooled` are its responses before the rectifier, where they are known already.
         """
         pooled = self.images.respond(self.row, mask) if pooled is None else pooled
-        n_positions = self.images.inputs[:, -1]
+        n_positions = self.images.n_positions
         mean = pooled / n_positions
-        deviations = self.spread @ mask
+        deviations = (self.spread @ mask.to(self.spread)).double()
         floor = _LEAST_SIGMA * float(mean.square().mean().sqrt()) if len(mean) else 0.0
         sigma = max(float(deviations.norm()), floor, torch.finfo(mean.dtype).tiny)
         u = mean / sigma
         below = 0.5 * (1 + torch.erf(u / math.sqrt(2)))
         density = torch.exp(-u.square() / 2) / math.sqrt(2 * math.pi)
         response = n_positions * (mean * below + sigma * density)
-        return Near(response, below, n_positions * density, self.spread.T @ deviations / sigma)
+        return Near(response, below, n_positions * density, self._turn(deviations / sigma))
+
+    def _turn(self, deviations: Tensor) -> Tensor:
+        return (deviations.to(self.spread) @ self.spread).double()
 
 
 def spreads_of(scan: Scan) -> list[Tensor | None]:
-    """For each group of a layer, deviations with the second moment of `Scan.spread`, (M, J)."""
+    """For each group of a layer, deviations with the second moment of `Scan.spread`, (M, J).
+
+    In float32: they are a sample.
+    """
     spreads = [scan.spread(group) for group in range(scan.layer.groups)]
-    return [spread if spread is None else condense(spread) for spread in spreads]
+    return [spread if spread is None else condense(spread).float() for spread in spreads]
 
 
 def condense(spread: Tensor) -> Tensor:

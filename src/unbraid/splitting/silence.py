@@ -7,9 +7,11 @@ N images, J taps, K concepts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -37,6 +39,11 @@ class Images:
     concept: Tensor  # (N,), -1 for none
     weight: Tensor  # (N,), how many images each stands for
     group: Tensor  # (N,): images of one group are not to be parted; of no concept, their index
+
+    @cached_property
+    def n_positions(self) -> Tensor:
+        """The inputs' last column, together in memory, (N,)."""
+        return self.inputs[:, -1].contiguous()
 
     @cached_property
     def rough(self) -> Tensor:
@@ -96,24 +103,25 @@ def choose_rest(
     """Choose images of no concept: half that excite a channel most, half spread evenly."""
     scan, channels = members.scan, list(concepts)
     n_images = scan.n_by_label.total()
-    step, n_seen = max(1, n_images // sample_of(N_EVEN, scan)), 0
+    step = max(1, n_images // sample_of(N_EVEN, scan))
     named: dict[int, list[int]] = {}  # which channels have a concept of a class or cluster
     for c, own in enumerate(concepts.values()):
         for number in {number for concept in own for number in concept}:
             named.setdefault(number, []).append(c)
-    top, count = _Top(scan, channels), torch.zeros(len(channels), dtype=torch.int64)
+    top, count = _Top(scan, channels), torch.zeros(len(channels), dtype=torch.float64)
     even: list[tuple[Tensor, Tensor]] = []  # places, and of which channels they are no concept's
+    starts = list(accumulate((len(column) for column in scan.columns("label")), initial=0))
     with progress.of("Looking for what else excites channels", n_images, "images") as advance:
-        for records in scan.light_shards():
-            place = torch.arange(n_seen, n_seen + len(records), dtype=torch.int64)
+        for shard in _scattered(scan.n_shards):
+            records = scan.light_shard(shard)
+            place = starts[shard] + torch.arange(len(records), dtype=torch.int64)
             rest = torch.ones(len(records), len(channels), dtype=torch.bool)
             for number, places in members.places(records, named):
                 rest[places[:, None], torch.tensor(named[number])] = False
             top.add(records, rest, place)
             chosen = place % step == 0 if records.drawn is None else records.drawn > 0
             even.append((place[chosen], rest[chosen]))
-            count += rest.sum(0)
-            n_seen += len(records)
+            count += rest.float().sum(0)  # many times as quick as to add up truth values
             advance(len(records))
     spread, is_rest = map(torch.cat, zip(*even, strict=True))
     places_of: dict[int, Tensor] = {}
@@ -128,6 +136,16 @@ def choose_rest(
         order = place.argsort()
         places_of[o], weights[o] = place[order], counts[order]
     return Rest(places_of, weights)
+
+
+def _scattered(n: int) -> list[int]:
+    """Numbers up to n in wide strides.
+
+    Images often lie class by class. So read, what excites a channel most is known before long, and
+    few others need be looked at closely.
+    """
+    stride = math.isqrt(n) + 1
+    return [number for first in range(stride) for number in range(first, n, stride)]
 
 
 class _Top:
@@ -150,38 +168,51 @@ class _Top:
     def add(self, records: Records, rest: Tensor, place: Tensor) -> None:
         """See some images: the chosen ones (N, C), and where they lie, (N,)."""
         for g, own in self._of_group.items():
-            pooled = records.pooled[:, g]
-            rough = augment(pooled, records.n_positions, self._rough.dtype)
-            length = float(rough.norm(dim=1).amax()) if len(rough) else 0.0
+            pooled = records.pooled[:, g].to(self._rough.dtype)
+            n_positions = records.n_positions.to(pooled)
+            rows, row = self._rough[own], self._rows[own]
+            squares = pooled.square().sum(1) + n_positions.square()
+            length = float(squares.amax().sqrt()) if len(pooled) else 0.0
             # What rounding may have taken from a response.
-            slack = self._slack * length * self._rows[own].norm(dim=1)
-            least = (self._least[own] - slack).to(rough.dtype)
-            z = rough @ self._rough[own].T
-            image, k = (rest[:, own] & ~(z < least)).nonzero().T
+            slack = self._slack * length * row.norm(dim=1)
+            least = (self._least[own] - slack).to(pooled)
+            z = torch.addmm(torch.outer(n_positions, rows[:, -1]), pooled, rows[:, :-1].T)
+            image, k = (~(z < least)).nonzero().T
+            asked = rest[image, own[k]]
+            image, k = image[asked], k[asked]
             if len(image) > z.numel() // _MANY:
-                z = (augment(pooled, records.n_positions) @ self._rows[own].T)[image, k]
+                z = (augment(pooled, n_positions) @ row.T)[image, k]
             else:
-                exact = augment(pooled[image], records.n_positions[image])
-                z = exact.mul_(self._rows[own[k]]).sum(1)
-            kept = z > self._least[own[k]]
+                exact = augment(pooled[image], n_positions[image])
+                z = exact.mul_(row[k]).sum(1)
+            kept = z >= self._least[own[k]]  # of equal ones the first may come later
             self._found.append((z[kept], own[k[kept]], place[image[kept]]))
         if sum(len(z) for z, _, _ in self._found) > 3 * self._n_top * len(self._least):
             self._sift()
 
     def places(self) -> list[Tensor]:
         """Where the images of each channel lie, of equal ones the first."""
-        self._sift()
-        ((_, channel, place),) = self._found
-        return list(place.split(channel.bincount(minlength=len(self._least)).tolist()))
+        found = []
+        for z, place in self._by_channel():
+            order = place.argsort()
+            order = order[z[order].argsort(descending=True, stable=True)]
+            found.append(place[order[: self._n_top]])
+        return found
+
+    def _by_channel(self) -> list[tuple[Tensor, Tensor]]:
+        """Responses and places found, channel by channel."""
+        z, channel, place = map(torch.cat, zip(*self._found, strict=True))
+        order = channel.argsort(stable=True)
+        sizes = channel.bincount(minlength=len(self._least)).tolist()
+        return list(zip(z[order].split(sizes), place[order].split(sizes), strict=True))
 
     def _sift(self) -> None:
-        z, channel, place = map(torch.cat, zip(*self._found, strict=True))
-        order = z.argsort(descending=True, stable=True)
-        order = order[channel[order].argsort(stable=True)]
-        z, channel, place = z[order], channel[order], place[order]
-        n_each = channel.bincount(minlength=len(self._least))
-        rank = torch.arange(len(z), dtype=torch.int64) - (n_each.cumsum(0) - n_each)[channel]
-        last = rank == self._n_top - 1
-        self._least[channel[last]] = z[last]
-        kept = rank < self._n_top
-        self._found = [(z[kept], channel[kept], place[kept])]
+        """Keep the best of each channel, and what equals the last of them."""
+        kept = []
+        for c, (z, place) in enumerate(self._by_channel()):
+            if len(z) > self._n_top:
+                least = z.kthvalue(len(z) - self._n_top + 1).values if self._n_top else torch.inf
+                self._least[c] = least
+                z, place = z[z >= least], place[z >= least]
+            kept.append((z, torch.full_like(place, c), place))
+        self._found = kept
