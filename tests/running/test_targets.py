@@ -110,8 +110,8 @@ def home(tmp_path_factory):
     """Pictures in class folders, a list of several labels, vectors, and the networks."""
     home = tmp_path_factory.mktemp("home")
     (home / "own.py").write_text(f"NAMES = {COLOURS!r}\n{NETWORK}", encoding="utf-8")
-    np.save(home / "one.npy", np.float32([1, 0.1, 0.2]))
-    np.save(home / "each.npy", np.float32([[1, 0, 0.2], [0, 1, 0], [0.2, 0, 1]]))
+    np.save(home / "one.npy", np.float32([1, 0, 1]))
+    np.save(home / "each.npy", np.float32([[1, 0, 0.9], [0, 1, 0], [0.9, 0, 1]]))
     for part, n_each in (("train", 40), ("val", 12)):
         lines = ["path,label"]
         for label, name in enumerate(COLOURS):
