@@ -49,6 +49,7 @@ LEFT_OUT = {  # what the text leaves out of a command, or the command to which i
     "--channels-last": f"{_SCAN}/channels-last",
     "--no-channels-last": f"{_SCAN}/channels-first",
     "--no-features": f"{_RUN} plain",
+    "--target multilabel": f"{_RUN} several-labels",
     "--target none": f"{_RUN} without-target",
     "unbraid run --target none": "--model clothes.py:build --layer mix --data clothes --out bare",
     "--labels none": f"{_SCAN}/without-labels --target none",

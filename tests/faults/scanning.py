@@ -1,7 +1,7 @@
 """A scan in a process of its own, to be killed: `python scanning.py FOLDER [how to die]`.
 
 With POOLED in the environment it keeps no positions, but deviations within images; with PLACES
-places besides.
+places besides; with TARGET another target than the label.
 
 It says `ready RANK PID` before it begins. Five shards of two layers; a batch takes a few
 milliseconds, so that a kill at random finds it anywhere.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 import unbraid
 import unbraid.scanning.scan as scanning
@@ -38,10 +38,19 @@ class Images(TensorDataset):
         super().__init__(pixels, torch.tensor(self.targets))
 
 
-def network():
+def several():
+    """As many items as there are images else: one label for every other image, two for the rest."""
+    images = Images()
+    images.targets = [[n % 3, (n + 1) % 3][: 1 + n % 2] for n in images.targets]
+    some = unbraid.one_per_label(images)
+    return Subset(some, range(N_IMAGES))
+
+
+def network(maps=False):
     torch.manual_seed(0)
     slow1, slow2 = (Slow(nn.Softplus(), nn.ReLU()) for _ in range(2))
     head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    head = nn.Conv2d(6, 3, 1) if maps else head
     return nn.Sequential(slow1, nn.Conv2d(3, 6, 3), slow2, nn.Conv2d(6, 6, 1), head)
 
 
@@ -75,7 +84,12 @@ def main():
     options = {"positions": "POOLED" not in os.environ, "batch_size": 16, "threads": 1}
     if "PLACES" in os.environ:
         options |= {"positions": False, "places": int(os.environ["PLACES"])}
-    unbraid.scan(network(), LAYERS, Images(), out, **options)
+    target = os.environ.get("TARGET", "label")
+    if target != "label":
+        labels = "none" if target == "none" else "given"
+        options |= {"positions": False, "target": target, "labels": labels}
+    images = several() if target == "multilabel" else Images()
+    unbraid.scan(network(target.startswith("segmentation")), LAYERS, images, out, **options)
 
 
 if __name__ == "__main__":

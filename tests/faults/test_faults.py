@@ -142,6 +142,23 @@ def test_deviations_within_images_are_the_same_whoever_scans(tmp_path, monkeypat
         assert spread.any(1).all()
 
 
+@pytest.mark.parametrize("target", ["segmentation:0", "none", "multilabel"])
+def test_another_target_is_the_same_whoever_scans_and_whatever_happens(
+    target, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("TARGET", target)
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    finish(alone)
+    start(killed, moment="named 7").communicate(timeout=300)
+    assert not is_finished(killed)
+    finish(killed, 2)
+    assert_same(killed, alone)
+    for layer in ("1", "3"):
+        scan = unbraid.open_scan(alone / layer)
+        assert scan.manifest.target == target
+        assert any(len(own.share_channel) for own in scan.shards()) == (target != "none")
+
+
 # A part without its shard, parts put together by half, and all but the last file.
 MOMENTS = ["named 5", "named 25", "rename 30"]
 

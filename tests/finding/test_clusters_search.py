@@ -19,6 +19,7 @@ from unbraid import Split
 from unbraid.demo import network as demo
 from unbraid.finding.arv import class_cosines, class_sums
 from unbraid.finding.clusters import top_images
+from unbraid.measuring.results import join
 from unbraid.scanning.fields import no_records
 from unbraid.scanning.records import write_shard
 
@@ -360,3 +361,31 @@ def test_two_channels_with_different_jobs_added_into_one_are_told_apart_and_give
         for masks in (torch.full_like(one.part.masks, 0.5), one.part.masks[[0, 0]]):
             with pytest.raises(AssertionError):
                 assert_given_back(one, masks * one.part.weight)
+
+
+@pytest.mark.parametrize("shard_size", [64, 7])
+def test_an_image_that_is_several_items_counts_once_among_the_top_images(shard_size, tmp_path):
+    planted = plant(tmp_path / "a")
+    (records,) = [join([*planted.scan.shards()])]
+    again = torch.arange(len(records)).repeat_interleave(1 + torch.arange(len(records)) % 3)
+
+    def written(name, group):
+        made = write_scan(
+            tmp_path / name,
+            shares=torch.full((len(again), 4), 0.25),
+            labels=records.label[again].tolist(),
+            pooled=records.pooled[again, 0] * (1 + 1e-9 * torch.randn(len(again), 1).double()),
+            weight=planted.scan.weight,
+            bias=planted.scan.bias,
+            shard_size=shard_size,
+        )
+        for shard, own in enumerate(made.shards()):
+            write_shard(made.path, shard, replace(own, group=group[own.index]))
+        return made
+
+    once, twice = written("b", again), written("c", torch.arange(len(again)))
+    tops = [dict(top_images(scan)) for scan in (planted.scan, once, twice)]
+    for channel in range(3):
+        wanted, own, all_items = (top[channel].label.bincount() for top in tops)
+        assert torch.equal(own, wanted)
+        assert not torch.equal(all_items, wanted)

@@ -151,18 +151,23 @@ def test_what_fails_on_the_way_changes_nothing(run, shared, tmp_path, monkeypatc
 def test_an_unusual_target_is_on_the_card_and_paths_in_texts_are_not(run, shared, tmp_path):
     assert "| target |" not in (shared / CARD).read_text()
     other = copy.copy(run)
-    told = {"target": "regression:1", "preprocessing": f"Mean(path=PosixPath('{WHERE}/mean.npy'))"}
+    target = f"functools.partial(<near>, PosixPath('{WHERE}/text.npy')) [code 12]"
+    told = {"target": target, "preprocessing": f"Mean(path=PosixPath('{WHERE}/mean.npy'))"}
     for name in ("train_scan", "val_scan"):
         scan = getattr(run, name)
         manifest = replace(scan.manifest, **told)
         vars(manifest)["scan_id"] = scan.manifest.scan_id
         setattr(other, name, replace(scan, manifest=manifest))
+    measured = run.evaluation
+    other.evaluation = replace(measured, ablation=replace(measured.ablation, target=target))
     share_run(other, tmp_path / "out")
-    card, page = ((tmp_path / "out" / name).read_text() for name in (CARD, PAGE))
-    assert "| target | regression:1 |" in card
-    for text in (card, page):
+    card, page, measures = ((tmp_path / "out" / n).read_text() for n in (CARD, PAGE, MEASURES))
+    for text in (card, page, measures):
         assert WHERE not in text
+        assert "text.npy" in text
+    for text in (card, page):
         assert "mean.npy" in text
+    assert "functools.partial" in json.loads(measures)["ablation"]["target"]
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,7 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
     places = torch.zeros(0, len(channels), dtype=torch.int64)
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
     n_even = 0  # images, or places drawn evenly, whose mean it is
+    shown: tuple[Tensor, Tensor] | None = None  # group and inputs of the image before
     with progress.of("Looking for top images", scan.manifest.n_images, "images") as advance:
         for records in scan.shards():
             new = mean_responses(scan, records.pooled, records.n_positions, channels)
@@ -193,6 +194,10 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
             total += even.sum(0)
             n_even += len(even)
             n_images += len(new)
+            if records.drawn is None and records.group is not None:
+                own = records.group, records.pooled.flatten(1)
+                new = new.masked_fill(_shown_before(*own, shown)[:, None], -torch.inf)
+                shown = own[0][-1:], own[1][-1:]
             if records.kept_start is not None:  # others excite other channels most
                 kept = torch.stack([records.kept_of(o) for o in channels], 1)
                 new = new.masked_fill(~kept, -torch.inf)
@@ -208,6 +213,18 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
     # Rounding must not put the mean of equal responses above them all.
     weak = values < least.minimum(values[0])
     return values.masked_fill(weak, -torch.inf), places
+
+
+def _shown_before(group: Tensor, pooled: Tensor, before: tuple[Tensor, Tensor] | None) -> Tensor:
+    """Which images (N,) are the one before them once more, as those of several labels are.
+
+    It is of the same group, and what feeds the layer, (N, G J), is the same but for rounding.
+    """
+    if before is not None:
+        group, pooled = torch.cat([before[0], group]), torch.cat([before[1], pooled])
+    rounding = torch.finfo(pooled.dtype).eps ** 0.5 * pooled[1:].abs().amax(1)
+    same = (group[1:] == group[:-1]) & ((pooled[1:] - pooled[:-1]).abs().amax(1) <= rounding)
+    return same if before is not None else F.pad(same, (1, 0))
 
 
 def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor, ...]]:

@@ -140,7 +140,7 @@ def to_label(label: Any, index: int) -> int:
     raise DataError(
         f"The label of image {index} is {a_type(label)}, not a class's number; {of_shape}"
         f"give one image and one number at a time, {UNLABELLED} where none is known (and scan with "
-        "labels='predicted')."
+        "labels='predicted'), and unbraid.one_per_label(dataset) where an image has several."
     )
 
 

@@ -137,6 +137,12 @@ class ListedImages(Dataset[tuple[Any, int]]):
         picture = self._read(index)
         return (picture if self.transform is None else self.transform(picture)), self.targets[index]
 
+    def shown(self, index: int) -> tuple[Dataset[Any], int] | str | None:
+        """What an item shows: an item of the data set inside, or a file; None where neither is."""
+        if isinstance(self._read, Items):
+            return self._read.dataset, index
+        return self._read.paths[index] if isinstance(self._read, Files) else None
+
     @property
     def read_by_code(self) -> bool:
         """Whether the images come of a data set of anyone's own, which may change."""

@@ -31,7 +31,10 @@ Row = tuple[str, dict[str, Any]]  # where it stands, for messages, and its cells
 
 
 def list_table(path: Path) -> Listing:
-    """List the images that a CSV or Parquet file names, by paths from its folder."""
+    """List the images that a CSV or Parquet file names, by paths from its folder.
+
+    An image on several lines, with another label on each, is an item for each of them.
+    """
     root = os.path.abspath(path.parent)
     files: list[str] = []
     labels: list[str] = []
@@ -59,7 +62,43 @@ def list_table(path: Path) -> Listing:
         )
     ids = [seen_from(root, os.path.normpath(file)) for file in files]
     sizes = [found.st_size for found in looks if found is not None]
+    if len(set(ids)) < len(ids):
+        return _one_per_label(path, ids, files, labels, groups, sizes)
     return make_listing(str(path), ids, Files(files), labels, groups or None, sizes)
+
+
+def _one_per_label(
+    path: Path,
+    images: list[str],
+    files: list[str],
+    labels: list[str],
+    groups: list[str],
+    sizes: list[int],
+) -> Listing:
+    """List images of which some have several labels; those of an image lie together, as a group."""
+    lines: dict[str, list[int]] = {}
+    for line, image in enumerate(images):
+        lines.setdefault(image, []).append(line)
+    for image, own in lines.items():
+        if len({labels[line] for line in own}) < len(own):
+            raise DataError(
+                f"{path} names {one_line(image)} a second time; name each image once, or once for "
+                "each of several labels."
+            )
+        if groups and len({groups[line] for line in own}) > 1:
+            raise DataError(
+                f"{path} has {one_line(image)} in several groups; give one for all its labels."
+            )
+    order = [line for own in lines.values() for line in own]
+    several = {line for own in lines.values() if len(own) > 1 for line in own}
+    return make_listing(
+        str(path),
+        [images[k] + (f" as {labels[k]}" if k in several else "") for k in order],
+        Files([files[lines[images[k]][0]] for k in order]),
+        [labels[k] for k in order],
+        [(groups or images)[k] for k in order],
+        [sizes[k] for k in order],
+    )
 
 
 def _text(cell: Any, column: str, where: str) -> str:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError
+from unbraid.base.errors import DataError, UsageError
+from unbraid.base.tables import one_line
 from unbraid.images.dataset import (
     Around,
     groups_of,
@@ -20,6 +21,7 @@ from unbraid.images.dataset import (
     step_into,
 )
 from unbraid.images.identity import ids_of
+from unbraid.images.listing import ListedImages
 
 
 class OnePerLabel(Around):
@@ -83,11 +85,12 @@ def one_per_label(dataset: Dataset[Any]) -> OnePerLabel:
 def repeats(dataset: Dataset[Any], indices: Iterable[int]) -> frozenset[int]:
     """Which of some items, by index, show an image that one before them shows with another label.
 
-    Those of `one_per_label`, in parts or joined; other data sets are taken to hold each image once.
+    Those of `one_per_label` and of lists, in parts or joined; other data sets are taken to hold
+    each image once.
     """
     if not _holds_several(dataset):
         return frozenset()
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int | str]] = set()
     again = []
     for index in indices:
         image = _image_of(dataset, index)
@@ -98,15 +101,63 @@ def repeats(dataset: Dataset[Any], indices: Iterable[int]) -> frozenset[int]:
     return frozenset(again)
 
 
+def refuse_several(dataset: Dataset[Any], given: bool, of_label: bool) -> None:
+    """Refuse a list whose images have several labels where an item is no label of its own.
+
+    Args:
+        dataset: of a list; who calls `one_per_label` knows what it does.
+        given: whether labels are those of the list.
+        of_label: whether one label is to be the network's answer.
+
+    Raises:
+        UsageError: images have several, and no other would be asked for.
+        DataError: two labels of an image are one class.
+    """
+    if not isinstance(dataset, ListedImages) or not isinstance(dataset.shown(0), str):
+        return
+    every = range(len(dataset))
+    if not (again := repeats(dataset, every)):
+        return
+    first = min(again)
+    if of_label or not given:
+        use = "" if given else ", and labels='given'"
+        raise UsageError(
+            f"{one_line(dataset.ids[first])}: images have several labels; use target='multilabel' "
+            f"for a network with a logit for each label{use}, or name each image once."
+        )
+    seen: set[tuple[Any, int]] = set()
+    for index in every:
+        own = (_image_of(dataset, index), dataset.targets[index])
+        if own in seen:
+            raise DataError(
+                f"{one_line(dataset.ids[index])}: two labels of the image are one class; name each "
+                "class of an image once."
+            )
+        seen.add(own)
+
+
 def _holds_several(dataset: Dataset[Any]) -> bool:
+    if isinstance(dataset, ListedImages):
+        inside = dataset.shown(0)
+        if isinstance(inside, tuple):
+            return _holds_several(inside[0])
+        return inside is not None and dataset.groups is not None
     inner = inner_of(dataset) if is_known(dataset) else []
     return isinstance(dataset, OnePerLabel) or any(map(_holds_several, inner))
 
 
-def _image_of(dataset: Dataset[Any], index: int) -> tuple[int, int] | None:
-    """The data set that a OnePerLabel wraps, and the index there; None if there is no such."""
+def _image_of(dataset: Dataset[Any], index: int) -> tuple[int, int | str] | None:
+    """The data set that a OnePerLabel wraps, and the index there, or a list's file; None without.
+
+    The first number is the data set's, as no two have one while both are there.
+    """
     here: tuple[Dataset[Any], int] | None = (dataset, index)
     while here is not None:
+        if isinstance(here[0], ListedImages):
+            inside = here[0].shown(here[1])
+            if not isinstance(inside, tuple):
+                return None if inside is None else (id(here[0]), inside)
+            here = inside
         step = step_into(*here)
         if step is not None and isinstance(here[0], OnePerLabel):
             return id(step[0]), step[1]

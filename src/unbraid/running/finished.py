@@ -29,7 +29,7 @@ from unbraid.running.folders import as_labelled, validation_images
 from unbraid.running.sample import choose_for_positions, concerned_in, draw_sample
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
-from unbraid.scanning.targets import read_target
+from unbraid.scanning.targets import is_named, read_target
 from unbraid.splitting.splits import Split
 from unbraid.visualizing.features import Features
 
@@ -64,7 +64,7 @@ class Run:
     def target(self) -> str:
         """What `unbraid.scan` took as its target; RunError if that was a function."""
         name, told = self.settings.target, self.settings.source.get("target", self.settings.target)
-        if read_target(told).name != name:
+        if not is_named(told) or read_target(told).name != name:
             raise RunError(
                 f"The run's target, {one_line(name)}, is not in its folder; give it to "
                 "unbraid.explain in Python."

@@ -324,10 +324,13 @@ def _refuse_sizes(job: Job) -> None:
     """Raise DataError if images are seen to be of several sizes, which a run cannot show."""
     for images in (job.train, job.val):
         tried = (first_readable(images, [k]) for k in spaced(size_of(images)))
-        if len({image.shape for image in tried if image is not None}) > 1:
+        sizes = list({tuple(image.shape): None for image in tried if image is not None})
+        if len(sizes) > 1:
             raise DataError(
-                "Images are of different sizes, and a run keeps positions of some; bring all to "
-                "one size in the preprocessing, or scan, find and split step by step."
+                f"Images are of different sizes, {sizes[0]} and {sizes[1]}, and a run keeps "
+                "positions of some; let FILE.py:FUNCTION return (network, preprocessing) that "
+                "brings all to one, by v2.Resize((height, width)) say, or take the steps one by "
+                "one: `unbraid scan --batch-size 1`, then find and split."
             )
 
 

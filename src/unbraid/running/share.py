@@ -76,11 +76,12 @@ def share_run(
         name: _nameless(one, network) if isinstance(one, Scan) else one
         for name, one in run.shown_on_page.items()
     }
+    shown["evaluation"] = evaluation = _pathless(run.evaluation)
     card = _card(run, run.evaluation, one_line(data_name), one_line(license_name))
     with TemporaryDirectory() as folder:
         made = Path(folder)
         run.split.save(made / FILE)
-        run.evaluation.save(made / MEASURES)
+        evaluation.save(made / MEASURES)
         title = f"{network}, {run.split.layer.name}"
         report(made / PAGE, title=title, dataset=images, **shown)
         write_whole(made / CARD, card.encode("utf-8", "backslashreplace"))
@@ -181,6 +182,15 @@ def _nameless(scan: Scan, network: str) -> Scan:
     )
     vars(nameless)["scan_id"] = own.scan_id  # by which its shards are known
     return replace(scan, manifest=nameless)
+
+
+def _pathless(evaluation: Evaluation) -> Evaluation:
+    """The same measures, but that their target, perhaps an object's own text, has no folders."""
+    ablation = evaluation.ablation
+    if ablation is None:
+        return evaluation
+    told = replace(ablation, target=_without_folders(ablation.target))
+    return replace(evaluation, ablation=told)
 
 
 def _network(source: dict[str, Any]) -> str:

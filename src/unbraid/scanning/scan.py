@@ -30,6 +30,7 @@ from unbraid.images.dataset import class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import sample_of
+from unbraid.images.several_labels import refuse_several
 from unbraid.networks.attention import with_projections
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.formats import faster_channels_last
@@ -216,6 +217,7 @@ def scan_into(
     specs = {name: describe(name, module) for name, module in modules.items()}
     refuse_broken_weights(model)
     size_of(dataset)
+    refuse_several(dataset, options.labels == "given", options.target.name == LABEL)
     labels = labels_of(dataset, needed=options.labels == "given" or options.classes is not None)
     indices = _indices(options, labels)
     begun = next(filter(None, map(read_manifest, folders.values())), None)  # a scan that goes on

@@ -148,6 +148,11 @@ def read_target(given: Any) -> Scalar:
     return Scalar(f"{kind}:{number}", lambda output, label: value[kind](output, number, len(label)))
 
 
+def is_named(told: Any) -> bool:
+    """Whether a target is given by name, not the name of a function."""
+    return isinstance(told, str) and told.partition(":")[0] in _EXAMPLES
+
+
 def found_again(name: str) -> str:
     """Name a target so that the file that it may need is found from any folder."""
     kind, _, path = name.partition(":")
