@@ -146,7 +146,7 @@ def test_a_label_without_a_name_is_refused(file, function, label):
 
 def test_code_that_only_a_folder_names_is_not_run(file, monkeypatch):
     monkeypatch.setattr(own, "_named", set())
-    with pytest.raises(DataError, match="run only where you name it"):
+    with pytest.raises(DataError, match="runs only if you name it"):
         own.refuse_own(f"{file}:one")
     open_images(f"{file}:one")
     own.refuse_own(f"{file}:one")

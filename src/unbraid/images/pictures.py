@@ -14,6 +14,7 @@ from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL import TiffImagePlugin as Tiff
 
 from unbraid.base.errors import DataError, UnfitPicture, brief, out_of_reach
+from unbraid.base.tables import one_line
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif"),
@@ -39,24 +40,26 @@ class _UnfitNumbers(Exception):
 
 def read_picture(path: str | Path) -> Image.Image:
     """Read an image file."""
+    shown = f"Image {one_line(str(path))}"
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:  # the latter for what can be no file's name
-        away = out_of_reach(f"Image {path}", error)
-        raise away or DataError(f"Image {path} cannot be read (there is no such file).") from None
+        away = out_of_reach(shown, error)
+        raise away or DataError(f"{shown} cannot be read (there is no such file).") from None
     if not stat.S_ISREG(mode):  # opening a pipe might never end
-        raise DataError(f"Image {path} cannot be read (it is no regular file).")
+        raise DataError(f"{shown} cannot be read (it is no regular file).")
     try:
         # Opened here, as Pillow 13 maps a TIFF that it is given by name, and turns it wrongly.
         with open(path, "rb") as file:
             return decode_picture(file, str(path))
     except OSError as error:
-        away = out_of_reach(f"Image {path}", error)
-        raise away or DataError(f"Image {path} cannot be read ({brief(error)}).") from None
+        away = out_of_reach(shown, error)
+        raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:
     """Read an image from an open file."""
+    shown = f"Image {one_line(name)}"
     try:
         with _SWITCH, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
@@ -67,14 +70,14 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
             finally:
                 ImageFile.LOAD_TRUNCATED_IMAGES = before
     except _UnfitNumbers as error:
-        raise UnfitPicture(f"Image {name} {error}; {_SAVE}.") from None
+        raise UnfitPicture(f"{shown} {error}; {_SAVE}.") from None
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
         raise DataError(
-            f"Image {name} cannot be read (it is of no known kind or of numbers that are not read)."
+            f"{shown} cannot be read (it is of no known kind or of numbers that are not read)."
         ) from None
     except Exception as error:  # a damaged file fails in any way
-        away = out_of_reach(f"Image {name}", error)
-        raise away or DataError(f"Image {name} cannot be read ({brief(error)}).") from None
+        away = out_of_reach(shown, error)
+        raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
 
 
 def _decoded(file: BinaryIO) -> Image.Image:
