@@ -101,9 +101,9 @@ def run(
             many places that excite it most (docs/places.md). 0 means none.
         everything: Measure on all images and all channels instead of a sample (docs/scale.md).
         overwrite: Replace a run with other settings in OUT, once the new one is finished.
-        quick: Take a first look only, at about a thousand images, in OUT/quick. The same command
-            without --quick goes on from there. With 20,000 images or more, every run begins with a
-            first look unless you say --no-quick.
+        quick: Take a first look only, at some 2,000 training and 1,000 validation images, in
+            OUT/quick. The same command without --quick goes on from there. With 20,000 images or
+            more, every run begins with a first look unless you say --no-quick.
     """
     from unbraid.base.team import n_ranks
     from unbraid.images.kept import LISTED_PARTS, tentative

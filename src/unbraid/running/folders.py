@@ -348,8 +348,8 @@ def validation_images(
         if os.path.exists(where) or is_url(where) or "{" in where:  # which stands for many files
             raise
         raise DataError(
-            f"The run's images are no longer in {where}; bring them back, or start `unbraid run` "
-            "again with --data and their new place."
+            f"The run's images are no longer in {where}; bring them back, or add --data "
+            "and their new place."
         ) from None
     labels: dict[str, int] = {}
     if with_classes and listing.classes:
