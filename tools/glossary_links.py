@@ -33,6 +33,7 @@ WORDS = {
     "retention": "retention",
     "auroc": "AUROC",
     "r-precision": "R-precision",
+    "positive-activity": "positive activity",
     "coverage": "coverage",
     "explained-share": "explained share",
     "monosemanticity-clarity": "monosemanticity",
