@@ -153,7 +153,7 @@ def test_an_unusual_target_is_on_the_card_and_paths_in_texts_are_not(run, shared
     other = copy.copy(run)
     target = f"functools.partial(<near>, PosixPath('{WHERE}/text.npy')) [code 12]"
     told = {"target": target, "preprocessing": f"Mean(path=PosixPath('{WHERE}/mean.npy'))"}
-    for name in ("train_scan", "val_scan"):
+    for name in ("train_scan", "val_scan", "searched", "measured"):
         scan = getattr(run, name)
         manifest = replace(scan.manifest, **told)
         vars(manifest)["scan_id"] = scan.manifest.scan_id

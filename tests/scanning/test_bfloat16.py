@@ -74,7 +74,7 @@ def test_bfloat16_is_suggested_only_where_it_comes_to_much_the_same(
     monkeypatch.setattr("unbraid.scanning.bfloat16.part_alike", lambda *_: part)
     make._suggest_bfloat16(Network(), ["a"], IMAGES)
     told = " ".join(capsys.readouterr().err.split())
-    assert told.count("with --autocast") == n_told
+    assert told.count("With --autocast") == n_told
     if n_told:
         assert f"{part:.0%} of the channels that matter" in told
     make._suggest_bfloat16(Network(), ["*"], IMAGES)
