@@ -20,7 +20,7 @@ def test_a_picture_leads_to_itself():
 def test_long_code_in_a_table_may_break_at_its_joints_alone():
     long = "LAYER.concepts.weight_of_all[0]"
     html = shown(f"<table><tr><td><code>--one-two</code><code>{long}</code></td></tr></table>")
-    assert "<code>--one-two</code>" in html
+    assert '<code><span class="whole">--one-two</span></code>' in html
     assert '<code class="long">LAYER.<wbr>concepts.<wbr>weight_<wbr>of_<wbr>all[0]</code>' in html
     assert shown(f"<p><code>{long}</code></p>") == f"<p><code>{long}</code></p>"
 
@@ -42,3 +42,20 @@ def test_a_command_s_options_stay_whole_and_its_text_is_the_same():
         assert f'<span class="whole">{whole}</span>' in html
     assert html.count('"whole"') == 4
     assert re.sub("<[^>]*>", "", html) == re.sub("<[^>]*>", "", page)
+
+
+def test_an_option_in_the_text_stays_whole():
+    html = shown("<p><code>unbraid run --layer all</code></p>")
+    assert html == '<p><code>unbraid run <span class="whole">--layer</span> all</code></p>'
+    block = "<pre><span></span><code>unbraid run --layer all</code></pre>"
+    assert shown(block) == block
+
+
+def test_lists_of_the_fifth_level_are_folded():
+    html = shown('<h4 id="a">a</h4><h5 id="b">b</h5><p>1</p><h5 id="c">c</h5>2<h2 id="d">d</h2>')
+    fold = "<details><summary>{}</summary>{}</details>"
+    first, second = (
+        fold.format('<h5 id="b">b</h5>', "<p>1</p>"),
+        fold.format('<h5 id="c">c</h5>', "2"),
+    )
+    assert html == f'<h4 id="a">a</h4>{first}{second}<h2 id="d">d</h2>'
