@@ -36,8 +36,9 @@ _MOST_NODES = 10_000
 _LARGEST = 1e12
 _POOL = 4  # images of a shard among which to look for each that is shown, where some are grouped
 _NOTE = (
-    "share: part of all positive relevance for the concept channel; kept: part of the source's "
-    "relevance for the whole channel; classes: of the images that excite the source most"
+    "share: part of all positive relevance for the concept channel\n"
+    "kept: part of the source's relevance for the whole channel\n"
+    "classes: of the images that excite the source most"
 )
 
 

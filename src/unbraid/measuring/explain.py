@@ -42,8 +42,9 @@ from unbraid.surgery.split_layer import SplitLayer, make_moves
 Part = int | Literal["rest"] | None  # a concept channel, the rest channel, or the whole channel
 
 _NOTE = (
-    "share: part of all positive relevance in the layer for the class; pct: percentile of the "
-    "response among the scan's images; whole: the same, of the whole channel"
+    "share: part of all positive relevance in the layer for the class",
+    "pct: percentile of the response among the scan's images",
+    "whole: response, pct and share of the whole channel",
 )
 _UNKNOWN = "percentiles are unknown, as the split was made from places or by an earlier version"
 
@@ -135,9 +136,9 @@ class ImageExplanation(Tabular):
         ]
         n_all = sum(len(own.concepts) for own in self.channels)
         known = any(not math.isnan(own.whole.percentile) for own in self.channels)
-        missing = "".join(f"; {why}" for why in ("" if known else _UNKNOWN, self.note) if why)
+        notes = [note for note in (*_NOTE, "" if known else _UNKNOWN, self.note) if note]
         title = f"{self.title} ({len(rows)} of {n_all} concept channels)"
-        return Table([heads, *rows], title, f"{_NOTE}{missing}.")
+        return Table([heads, *rows], title, "\n".join(notes))
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain lists and numbers, without heatmaps; None for what is not known."""
