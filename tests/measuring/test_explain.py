@@ -317,6 +317,7 @@ MISTAKES = [
     (lambda c, m: unbraid.explain(m, c.images, n=0), "n is 0; give a whole number, 1 or more"),
     (lambda c, m: unbraid.explain(m, c.images, heatmaps="no"), "give True or False"),
     (lambda c, m: unbraid.explain(m, torch.zeros(3, 4)), r"shape \(3, 4\); give one of shape"),
+    (lambda c, m: unbraid.explain(m, torch.zeros(1, 0, 6, 5)), r"shape \(1, 0, 6, 5\); give one"),
     (lambda c, m: unbraid.explain(m, [c.images.images[0]][:0]), "holds no image"),
 ]
 
