@@ -26,14 +26,16 @@ from unbraid.base import files
 from unbraid.base import schema as strict
 from unbraid.base.errors import UnbraidError
 from unbraid.finding.findings import Findings
-from unbraid.images import pictures
+from unbraid.images import pictures, tensors
 from unbraid.images.pictures import read_picture
+from unbraid.images.tensors import read_tensor_file
 from unbraid.measuring import likeness, results
 from unbraid.measuring.ablate import ablate
 from unbraid.measuring.compare import OutputComparison
 from unbraid.networks import checkpoints as states
 from unbraid.networks import spec as layers
 from unbraid.networks.checkpoints import load_weights
+from unbraid.networks.outputs import numbers_in
 from unbraid.running.check import check
 from unbraid.running.folders import read_settings
 from unbraid.scanning import manifest, records
@@ -48,6 +50,7 @@ EXAMPLES = 60  # of each reader
 MANY = int(os.environ.get("UNBRAID_FUZZ", "100000"))  # of all readers, by hand
 MEMORY = 4 * 2**30  # bytes that all of it may take beside what is taken before
 OWN = {0: [[0], [1, 2]]}  # concepts, as a search need not find any in so few images
+TENSORS = ("one.npy", "one-columns.npy", "one.pt", "one-old.pt", "one.safetensors")
 KINDS = ("png", "jpeg", "webp", "bmp", "tiff", "gif", "ppm")
 
 
@@ -87,6 +90,12 @@ def seeds(tmp_path_factory):
     torch.save(layer.state_dict(), folder / "weights.pt")
     torch.save(layer.state_dict(), folder / "old.pt", _use_new_zipfile_serialization=False)
     files.write_tensors(folder / "weights.safetensors", dict(layer.state_dict()), {})
+    one = torch.arange(24.0).reshape(2, 3, 4)
+    np.save(folder / "one.npy", one.numpy())
+    np.save(folder / "one-columns.npy", np.asfortranarray(one.numpy()))
+    torch.save(one, folder / "one.pt")
+    torch.save({"one": one}, folder / "one-old.pt", _use_new_zipfile_serialization=False)
+    files.write_tensors(folder / "one.safetensors", {"one": one}, {})
     return SimpleNamespace(folder=folder, scan=scan, split=split)
 
 
@@ -212,6 +221,14 @@ def use_weights(data, seeds, folder):
     sound_or_refused(lambda: load_weights(torch.nn.Linear(3, 2), folder / name))
 
 
+def use_tensors(data, seeds, folder):
+    """A tensor of each kind of file, as `explain` and a target of embeddings read it."""
+    for name in TENSORS:
+        path = folder / name
+        tamper(data, seeds.folder / name, path)
+        sound_or_refused(lambda path=path: numbers_in(read_tensor_file(path)))
+
+
 READERS = {
     "scan": use_scan,
     "pooled": use_pooled,
@@ -223,6 +240,7 @@ READERS = {
     "features": use_features,
     "picture": use_picture,
     "weights": use_weights,
+    "tensors": use_tensors,
 }
 
 
@@ -303,6 +321,9 @@ def test_what_is_sound_is_read(seeds, tmp_path):
         assert read_picture(seeds.folder / f"picture.{kind}").size == (16, 24)
     for name in ("weights.pt", "old.pt", "weights.safetensors"):
         load_weights(torch.nn.Linear(3, 2), seeds.folder / name)
+    for name in TENSORS:
+        (one,) = numbers_in(read_tensor_file(seeds.folder / name))
+        assert torch.equal(one, torch.arange(24.0).reshape(2, 3, 4))
     assert zipfile.is_zipfile(seeds.folder / "weights.pt")
 
 
@@ -328,6 +349,7 @@ CHECKS = {
     "errors of features": (features, "Exception", ZeroDivisionError, "features"),
     "depth of JSON": (strict, "RecursionError", ZeroDivisionError, "settings"),
     "errors of pictures": (pictures, "Exception", ZeroDivisionError, "picture"),
+    "errors of tensors": (tensors, "Exception", ZeroDivisionError, "tensors"),
     "errors of weights": (states, "Exception", ZeroDivisionError, "weights"),
 }
 

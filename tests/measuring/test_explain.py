@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -15,7 +16,7 @@ import oracle
 import unbraid
 from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken, build
-from unbraid.base.errors import DataError, UsageError
+from unbraid.base.errors import DataError, ModelError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
 from unbraid.measuring.heatmap import heatmap
 from unbraid.splitting.quantiles import percentile
@@ -316,6 +317,7 @@ MISTAKES = [
     (lambda c, m: unbraid.explain(m, c.images, n=0), "n is 0; give a whole number, 1 or more"),
     (lambda c, m: unbraid.explain(m, c.images, heatmaps="no"), "give True or False"),
     (lambda c, m: unbraid.explain(m, torch.zeros(3, 4)), r"shape \(3, 4\); give one of shape"),
+    (lambda c, m: unbraid.explain(m, torch.zeros(1, 0, 6, 5)), r"shape \(1, 0, 6, 5\); give one"),
     (lambda c, m: unbraid.explain(m, [c.images.images[0]][:0]), "holds no image"),
 ]
 
@@ -325,6 +327,20 @@ def test_what_makes_no_sense_is_refused(wrong, told, case_of):
     case = case_of("3x3")
     with pytest.raises(UsageError, match=told):
         wrong(case, unbraid.apply(case.network, case.split))
+
+
+def test_images_that_the_network_cannot_take_are_told_as_such(case_of):
+    case = case_of("3x3")
+    model2 = unbraid.apply(case.network, case.split)
+    image = case.images.images[0]
+    for wrong in (
+        *(image.to(dtype) for dtype in (torch.uint8, torch.int64, torch.bool)),
+        *(image.permute(1, 2, 0), image[:2], image[None, None]),
+    ):
+        shape = tuple(wrong.shape[-4:] if wrong.dim() == 5 else wrong.shape)
+        told = re.escape(f"cannot run on images of shape {shape} and {wrong.dtype} (")
+        with pytest.raises(ModelError, match=told):
+            unbraid.explain(model2, wrong)
 
 
 def test_quantiles_are_those_of_all_images_and_survive_a_file(case_of, tmp_path):

@@ -50,6 +50,10 @@ class OutOfMemory(ModelError):
     """The device's memory holds no batch of this size."""
 
 
+class CannotRun(ModelError):
+    """The network's code fails on these images."""
+
+
 class DataError(UnbraidError):
     """The images cannot be found, read or understood."""
 

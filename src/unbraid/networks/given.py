@@ -28,7 +28,7 @@ def as_batch(images: Tensor, model: nn.Module) -> Tensor:
     ways = []
     for size in dict.fromkeys((own, 4)):
         way = images if images.dim() >= size else images[None]
-        ways += [way] if size <= way.dim() <= 5 and len(way) else []
+        ways += [way] if size <= way.dim() <= 5 and way.numel() else []
     if not ways:
         raise UsageError(
             f"images is a tensor of shape {tuple(images.shape)}; give one of shape (N, C, H, W), "

@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unbraid.base.errors import DataError, ModelError, OutOfMemory, UnbraidError, brief, memory_full
+from unbraid.base.errors import (
+    CannotRun,
+    DataError,
+    ModelError,
+    OutOfMemory,
+    UnbraidError,
+    brief,
+    memory_full,
+)
 from unbraid.base.modes import callers_device, in_plain_modes
 from unbraid.base.tables import count
 from unbraid.networks.copying import device_of, number_format, unwrap
@@ -198,7 +206,7 @@ def run_raw(model: nn.Module, images: Tensor) -> Any:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        raise ModelError(
+        raise CannotRun(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} and "
             f"{images.dtype} ({brief(error)}); check size, channels and type of the images."
         ) from error

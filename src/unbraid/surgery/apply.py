@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from unbraid.base.arguments import as_kind
-from unbraid.base.errors import ModelError, OutOfMemory, OutputChangedError, RunError, UsageError
+from unbraid.base.errors import (
+    CannotRun,
+    ModelError,
+    OutOfMemory,
+    OutputChangedError,
+    RunError,
+    UsageError,
+)
 from unbraid.base.modes import in_plain_modes
 from unbraid.networks.attention import Projection, with_projections
 from unbraid.networks.copying import Reach, become, copy_network, double, rebind, unwrap
@@ -228,8 +235,11 @@ def in_force(model2: nn.Module) -> Iterator[None]:
             yield
         except OutOfMemory:
             raise
-        except ModelError:  # as where a layer's weights are asked of two layers
-            refuse()
+        except ModelError as error:  # as where a layer's weights are asked of two layers
+            # Unfit images fail before the layer; an attribute is missing whatever the images are.
+            unfit = isinstance(error, CannotRun) and type(error.__cause__) is not AttributeError
+            if not unfit:
+                refuse()
             raise
     refuse()
 
