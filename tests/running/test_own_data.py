@@ -137,3 +137,41 @@ def test_a_tensor_is_one_image_or_several_as_the_network_takes_it():
     for network in (map_, volume):
         with pytest.raises(UsageError, match="give one of shape"):
             as_batch(torch.zeros(2, 9), network)
+
+
+class Mixed(torch.nn.Module):
+    """Signals, of which a convolution makes a map for another one."""
+
+    def __init__(self):
+        super().__init__()
+        self.line, self.map = torch.nn.Conv1d(1, 8, 5), torch.nn.Conv2d(1, 4, 3)
+
+    def forward(self, x):
+        return self.map(self.line(x)[:, None]).mean((2, 3))
+
+
+class Rows(torch.nn.Module):
+    """Tokens, without a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.head = torch.nn.Linear(8, 6), torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(self.first(x).relu().flatten(1, -2).mean(1))
+
+
+def test_a_tensor_is_tried_where_convolutions_do_not_say_what_it_is():
+    pictures = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 5 * 5, 2))
+    for network, shape, wanted in (
+        (Mixed(), (5, 1, 40), (5, 1, 40)),
+        (Mixed(), (1, 1, 40), (1, 1, 40)),
+        (Mixed(), (1, 40), (1, 1, 40)),
+        (Rows(), (5, 7, 8), (5, 7, 8)),
+        (Rows(), (7, 8), (1, 7, 8)),
+        (pictures, (3, 5, 5), (1, 3, 5, 5)),
+        (pictures, (2, 3, 5, 5), (2, 3, 5, 5)),
+    ):
+        assert as_batch(torch.zeros(shape), network.eval()).shape == wanted
+    with pytest.raises(UsageError, match="give one of shape"):
+        as_batch(torch.zeros(5, 8), torch.nn.Linear(8, 2))

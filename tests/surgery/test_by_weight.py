@@ -2,12 +2,15 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from pairs import make_split
 from torch import nn
+from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.models.swin_transformer import (
     PatchMergingV2,
     SwinTransformer,
@@ -102,6 +105,122 @@ def test_scan_of_swin_attention_is_by_hand_what_its_weights_gradients_say(kind, 
             (records,) = scan.shards()
             found = torch.stack([records.share_of(o)[n] for o in range(scan.layer.n_out)])
             assert_close(found, share.detach().clamp(min=0), 1e-4)
+
+
+def found(network):
+    return {
+        name.rpartition(".")[2]
+        for _, parts in users(network)
+        for name, module in network.named_modules()
+        if module in parts
+    }
+
+
+def test_of_torchvisions_families_swin_alone_applies_weights():
+    """Others name `fc` or `classifier` and, elsewhere, a weight, as where they make them."""
+    models = torchvision.models
+    families = {models.get_model_builder(n).__module__: n for n in models.list_models(models)}
+    assert len(families) > 15
+    families["torchvision.models.regnet"] = "regnet_x_400mf"  # which needs numbers to be built
+    for name in families.values():
+        own = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        with torch.device("cpu" if name.startswith("regnet") else "meta"):
+            network = models.get_model(name, **own)
+        assert found(network) == ({"qkv", "proj"} if name.startswith("swin") else set()), name
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("eva02_tiny_patch14_224", "qkv"),
+        ("beit_base_patch16_224", "qkv"),
+        ("swinv2_tiny_window8_256", "qkv"),
+    ],
+)
+def test_timms_attentions_apply_weights(name, part):
+    timm = pytest.importorskip("timm", reason="needs timm")
+    with torch.device("meta"):
+        assert part in found(timm.create_model(name))
+
+
+class Asks(nn.Module):
+    """One that asks for weights of layers that it runs, and makes them in its own way."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.fc, self.head = nn.Conv2d(3, 6, 2), nn.Linear(6, 5), nn.Linear(5, 4)
+        self.reset()
+
+    def reset(self):
+        nn.init.normal_(self.fc.weight)
+
+    def forward(self, x):
+        tokens = self.patches(x).flatten(2).mT.to(self.fc.weight.dtype)
+        return self.head(self.fc(tokens).relu().mean(1))
+
+
+def test_a_layer_that_a_network_runs_goes_through_a_compiler_when_split():
+    network, x = Asks().eval(), SyntheticImages(2, dtype=torch.float32).images
+    assert not found(network)
+    for form in ("exact", "plain"):
+        changed = unbraid.apply(network, make_split(network, layer="fc"), form=form)
+        torch.compiler.reset()
+        with torch.no_grad():
+            compiled = torch.compile(changed, backend="eager", fullgraph=True)
+            assert_close(compiled(x), network(x), 1e-5)
+    assert_close(torch.jit.script(changed)(x), network(x), 1e-5)
+
+
+def test_threads_run_one_split_network_at_once():
+    network, x = swin("v1"), images("v1", 1)
+    name = f"{attention_of(network)[0]}.qkv"
+    network.get_submodule(name).register_forward_hook(lambda *_: torch.zeros(()))  # never called
+    changed = unbraid.apply(network, make_split(network, layer=name))
+    with unbraid.gate(changed, name, 1, 0, 0.0), torch.no_grad():
+        expected = changed(x)
+
+        def run(_):
+            with torch.no_grad():
+                return torch.equal(changed(x), expected)
+
+        with ThreadPoolExecutor(4) as threads:
+            assert all(threads.map(run, range(200)))
+    assert not torch.equal(expected, network(x))
+    assert len(changed.get_submodule(name).original._forward_hooks) == 1
+
+
+@pytest.mark.parametrize("form", ["exact", "plain"])
+def test_torch_fx_takes_a_module_with_such_a_split_layer_as_one_step(form):
+    network, x = swin("v1"), images("v1")
+    path, attention = attention_of(network)
+    changed = unbraid.apply(network, make_split(network, layer=f"{path}.qkv"), form=form)
+    assert isinstance(changed.get_submodule(path), type(attention))
+    layer = changed.get_submodule(f"{path}.qkv")
+    with torch.no_grad():
+        (layer.rows if form == "exact" else layer.merge.weight)[:3].mul_(100)
+    assert not torch.allclose(changed(x), network(x))
+    assert_bit_equal(torch.fx.symbolic_trace(changed)(x), changed(x))
+    assert_bit_equal(create_feature_extractor(changed, ["head"])(x)["head"], changed(x))
+    if form == "exact":
+        with pytest.raises(ValueError, match="concepts"):
+            create_feature_extractor(changed, [f"{path}.qkv.concepts"])
+
+
+def test_beside_a_split_layer_another_of_its_module_is_seen_and_split():
+    network, x = swin("v1"), images("v1")
+    path, _ = attention_of(network)
+    qkv, proj = f"{path}.qkv", f"{path}.proj"
+    changed = unbraid.apply(network, make_split(network, layer=qkv))
+    layer = changed.get_submodule(proj)
+    with undisturbed(changed), torch.no_grad(), cut_at(layer, torch.Tensor.clone) as cut:
+        assert_close(changed(x), network(x), 1e-6)
+    assert len(cut.outputs) == 1
+    assert {qkv, proj} <= {spec.name for spec in usable_layers(network, x)}
+    both = unbraid.apply(network, [make_split(network, layer=name) for name in (qkv, proj)])
+    assert_same_outputs(network, both, x)
+    for name in (qkv, proj):
+        with both.gate(name, 1, 0, 0.0):
+            assert not torch.allclose(both(x), network(x))
 
 
 class Own(nn.Module):

@@ -26,6 +26,7 @@ from unbraid.base.errors import (
 )
 from unbraid.base.modes import in_plain_modes
 from unbraid.networks.attention import Projection, with_projections
+from unbraid.networks.by_weight import own_class
 from unbraid.networks.copying import Reach, become, copy_network, double, rebind, unwrap
 from unbraid.networks.layers import bias_of, describe, resolve_layer, weight_rows
 from unbraid.networks.outputs import run_network
@@ -262,7 +263,9 @@ def _way_past(copied: nn.Module, reach: Reach) -> str:
     hooks = _hooks_of(copied)
     way = reach.path(copied)
     reached = list(reach.apart.values())
-    kinds = dict.fromkeys(type(one) for one in reached if issubclass(type(one), nn.Module))
+    kinds = dict.fromkeys(
+        own_class(type(one)) for one in reached if issubclass(type(one), nn.Module)
+    )
     if way is None:  # methods that hold variables are not copied with the network
         methods = (m for kind in kinds for base in kind.__mro__ for m in vars(base).values())
         held = (m for m in methods if isinstance(m, types.FunctionType) and m.__closure__)

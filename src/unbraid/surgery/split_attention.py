@@ -6,8 +6,6 @@ is computed as ever, and beside it, part by part, what the concept channels chan
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -22,9 +20,9 @@ from unbraid.networks.attention import (
     projections,
     whole_tensors,
 )
-from unbraid.networks.by_weight import Hooks, applied_by, hooks_of, unseen, users
+from unbraid.networks.by_weight import hooks_of, run_parts, unseen, users
 from unbraid.networks.copying import become, double, rebind
-from unbraid.surgery.split_layer import SplitLayer, is_split, keep_slow_path
+from unbraid.surgery.split_layer import SplitLayer, keep_slow_path
 
 
 class SplitAttention(nn.Module):
@@ -191,8 +189,7 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
             rebind(inner, module)
     for module, parts in list(users(model)):
         if layer in parts:
-            silent = {n: hooks_of(part) for n, part in module.named_children() if part in parts}
-            vars(module)["forward"] = partial(_run_split, module, silent)
+            run_parts(module, parts)
     for module in [module for module in model.modules() if _holds(module, layer)]:
         around = _AROUND.get(type(module))
         if around is None:
@@ -205,23 +202,6 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
         assert fused is not None
         become(module, around(fused).train(module.training))
         rebind(fused, module)
-
-
-def _run_split(module: nn.Module, silent: Mapping[str, Hooks], *args: Any, **named: Any) -> Any:
-    """Run a module of the network's own code, and split layers where it applies their weights."""
-
-    def run(part: nn.Module, hooks: Hooks, x: Tensor) -> Tensor:
-        with unseen(_original(part), hooks):
-            z: Tensor = part(x)
-        return z
-
-    layers = [
-        (part, partial(run, part, silent[name]))
-        for name, part in module.named_children()
-        if name in silent and is_split(part)
-    ]
-    with applied_by(layers):
-        return type(module).forward(module, *args, **named)
 
 
 def _original(module: nn.Module) -> nn.Module:
