@@ -10,17 +10,24 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unbraid.networks.attention import (
     APART,
+    ASIDE,
     OUT,
     TOGETHER,
     Projection,
     attend,
+    computes_as,
+    encode_whole,
+    leaves_out_now,
+    left_out,
     opens,
     projections,
-    whole_tensors,
+    refuse_apart,
+    twin,
 )
 from unbraid.networks.by_weight import Hooks, applied_by, hooks_of, unseen, users
 from unbraid.networks.copying import become, double, rebind
@@ -91,6 +98,7 @@ class SplitEncoderLayer(nn.Module):
 
     def forward(self, src: Tensor, *args: Any, **named: Any) -> Tensor:
         """Compute the original's output, by way of the concept channels."""
+        refuse_apart(self, (src,))
         changed: Tensor = self.original[0](src, *args, **named)
         if self.training:  # when torch does not fuse
             return changed
@@ -107,6 +115,8 @@ class SplitEncoder(nn.Module):
 
     torch leaves padding out where it can, and then gives zeros there; so the original does.
     """
+
+    gradients_aside = False  # unless the network is opened
 
     def __init__(self, original: nn.TransformerEncoder) -> None:  # noqa: D107
         super().__init__()
@@ -127,19 +137,39 @@ class SplitEncoder(nn.Module):
         src: Tensor,
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
-        **named: Any,
+        is_causal: bool | None = None,
     ) -> Tensor:
         """Compute the original's output, by way of the concept channels."""
-        given = (src, mask, src_key_padding_mask)
-        with whole_tensors(self.original[0]):
-            changed: Tensor = self.original[0](*given, **named)
-        if self.training or src_key_padding_mask is None:
-            return changed
+        given = (src, mask, src_key_padding_mask, is_causal)
         unsplit = _unsplit(self.original[0])
-        output = unsplit(*given, **named)
-        with whole_tensors(unsplit):
-            plain = unsplit(*given, **named)
-        return _beside(output, plain, changed)
+        apart = left_out(unsplit, self.gradients_aside, *given)
+        changed: Tensor = _whole(self.original[0], apart)(*given)
+        if apart is None or not leaves_out_now(unsplit, *given):
+            return changed
+        return _beside(unsplit(*given), _whole(unsplit, apart)(*given), changed)
+
+
+def _whole(encoder: nn.TransformerEncoder, apart: Tensor | None) -> Any:
+    """An encoder, hooks and all, that takes every token and has zeros at those apart."""
+    return twin(encoder, forward=partial(encode_whole, encoder, apart))
+
+
+def _encode_plain(
+    encoder: Any,
+    use_nested_tensor: bool,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """Run an encoder with wider layers inside, with zeros where it had them before."""
+    given = (src, mask, src_key_padding_mask, is_causal)
+    apart = None
+    if use_nested_tensor and not torch.compiler.is_compiling():  # where torch leaves none out
+        apart = left_out(twin(encoder, use_nested_tensor=True), ASIDE in vars(encoder), *given)
+    if apart is None:
+        return nn.TransformerEncoder.forward(encoder, *given)
+    return encode_whole(encoder, apart, *given)
 
 
 def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
@@ -167,12 +197,11 @@ def _unsplit(module: nn.Module) -> Any:
         return _unsplit(module.original[0])
     if not any(isinstance(part, SplitLayer) for part in module.modules()):
         return module
-    twin = object.__new__(type(module))
-    object.__setattr__(twin, "__dict__", dict(vars(module)))
-    vars(twin)["_modules"] = {
+    unsplit = twin(module)
+    unsplit._modules = {
         name: None if child is None else _unsplit(child) for name, child in module._modules.items()
     }
-    return twin
+    return unsplit
 
 
 def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
@@ -194,17 +223,20 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
             silent = {n: hooks_of(part) for n, part in module.named_children() if part in parts}
             vars(module)["forward"] = partial(_run_split, module, silent)
     for module in [module for module in model.modules() if _holds(module, layer)]:
-        around = _AROUND.get(type(module))
+        around = next((new for kind, new in _AROUND.items() if computes_as(module, kind)), None)
         if around is None:
             continue
-        if not exact:
-            module.register_forward_pre_hook(keep_slow_path)
-            vars(module)["use_nested_tensor"] = False  # which only an encoder asks for
-            continue
-        fused = double(module, around)
-        assert fused is not None
-        become(module, around(fused).train(module.training))
-        rebind(fused, module)
+        if exact:
+            fused = double(module, around)
+            assert fused is not None
+            become(module, around(fused).train(module.training))
+            rebind(fused, module)
+        elif around is SplitEncoderLayer:
+            module.register_forward_pre_hook(refuse_apart)
+        else:
+            before = vars(module).get("use_nested_tensor", False)
+            vars(module)["use_nested_tensor"] = False
+            vars(module)["forward"] = partial(_encode_plain, module, before)
 
 
 def _run_split(module: nn.Module, silent: Mapping[str, Hooks], *args: Any, **named: Any) -> Any:
