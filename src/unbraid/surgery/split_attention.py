@@ -194,7 +194,7 @@ def _unsplit(module: nn.Module) -> Any:
     if isinstance(module, SplitAttention):
         return _unsplit(module.original)
     if isinstance(module, (SplitEncoderLayer, SplitEncoder)):
-        return _unsplit(module.original[0])
+        return twin(_unsplit(module.original[0]), training=module.training)
     if not any(isinstance(part, SplitLayer) for part in module.modules()):
         return module
     unsplit = twin(module)
