@@ -22,6 +22,7 @@ import unbraid
 from checks import assert_bit_equal, assert_close, assert_same_outputs, assert_untouched, snapshot
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, OutputChangedError
+from unbraid.networks.attention import with_projections
 from unbraid.networks.by_weight import applied_by, users
 from unbraid.networks.relevance import cut_at, undisturbed
 from unbraid.scanning.scan import usable_layers
@@ -314,12 +315,12 @@ def test_a_layer_that_is_run_in_place_of_its_product_can_be_wrong():
 class Padded(nn.Module):
     """Tokens of which the last are padding, as many as the image says, in torch's own encoder."""
 
-    def __init__(self, raw=False):
+    def __init__(self, raw=False, own=nn.TransformerEncoder):
         super().__init__()
         torch.manual_seed(0)
         self.patches, self.raw = nn.Conv2d(3, 8, 2), raw
         block = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-        self.encoder = nn.TransformerEncoder(block, 2, norm=nn.LayerNorm(8))
+        self.encoder = own(block, 2, norm=nn.LayerNorm(8))
         self.head = nn.Linear(8, 4)
 
     def forward(self, x):
@@ -352,3 +353,96 @@ def test_an_encoder_that_leaves_padding_out_is_split_to_the_last_bit(part, tmp_p
     plain = unbraid.apply(network, make_split(network, layer=name), form="plain")
     with torch.no_grad():
         assert_close(plain(x), network(x), 1e-5)
+
+
+class Pooled(Padded):
+    """One that uses what its encoder puts at padded positions."""
+
+    def forward(self, x):
+        return self.head(super().forward(x).mean(1))
+
+
+class SameEncoder(nn.TransformerEncoder):
+    """torch's under another name."""
+
+
+class OwnEncoder(nn.TransformerEncoder):
+    """One with a forward of its own."""
+
+    def forward(self, *args, **named):
+        return super().forward(*args, **named) + 1
+
+
+INSIDE = ["encoder.layers.0.self_attn.in_proj", "encoder.layers.0.linear1"]
+
+
+@pytest.mark.parametrize("own", [nn.TransformerEncoder, SameEncoder])
+@pytest.mark.parametrize("name", ["patches", *INSIDE, "head"])
+def test_what_is_looked_at_near_padding_is_the_network_itself(name, own):
+    network, x = Pooled(True, own).eval(), padded_images()
+    with torch.no_grad():
+        own_logits = network(x)
+    layer = dict(with_projections(network))[name]
+    with undisturbed(network), torch.enable_grad(), cut_at(layer, torch.Tensor.clone) as cut:
+        logits = network(x)
+        (gradient,) = torch.autograd.grad(logits[:, 0].sum(), cut.outputs)
+    assert_close(logits, own_logits, 1e-5)
+    if name in INSIDE:
+        assert (gradient[0, -1] == 0).all()  # of what the network left out
+
+
+def padded_images():
+    x = SyntheticImages(5, size=(3, 8, 8), dtype=torch.float32).images
+    x[0] = 0  # of two tokens
+    return x
+
+
+@pytest.mark.parametrize("own", [nn.TransformerEncoder, SameEncoder])
+@pytest.mark.parametrize("name", INSIDE)
+def test_near_padding_a_gate_has_the_effect_of_the_same_edit(name, own):
+    network, x = Pooled(True, own).eval(), padded_images()
+    split = make_split(network, layer=name)
+    exact = unbraid.apply(network, split)
+    plain = unbraid.apply(network, split, form="plain")
+    assert_same_outputs(network, exact, x)
+    part = split.channels[0]
+    edited = copy.deepcopy(network)
+    of = dict(with_projections(edited))[name]
+    with torch.no_grad():
+        rows, bias = of.weight.clone(), of.bias.clone()
+        rows[part.channel] -= part.rows[0]
+        bias[part.channel] -= part.bias
+        if name.endswith("in_proj"):
+            of.put(rows, bias)
+        else:
+            of.weight.copy_(rows)
+            of.bias.copy_(bias)
+        assert_close(plain(x), network(x), 1e-5)
+        with exact.gate(name, part.channel, 0, 0.0):
+            assert_close(exact(x), edited(x), 1e-5)
+            assert not torch.allclose(exact(x), network(x))
+
+
+def test_nothing_is_written_on_an_encoder_that_others_may_be_using():
+    network, x, name = Pooled(True).eval(), padded_images(), INSIDE[1]
+    changed, seen = unbraid.apply(network, make_split(network, layer=name)), []
+    for one in (network, changed):
+        encoder = getattr(one.encoder, "original", [one.encoder])[0]
+        look = lambda *_, encoder=encoder: seen.append(encoder.use_nested_tensor)  # noqa: E731
+        with undisturbed(one), one.get_submodule(name).register_forward_hook(look):
+            one(x)
+    assert seen == [True, True]
+
+
+def test_an_encoder_with_a_forward_of_its_own_is_refused_where_it_leaves_padding_out(tmp_path):
+    network, x, name = Pooled(True, OwnEncoder).eval(), padded_images(), INSIDE[1]
+    data = [(one, 0) for one in x]
+    with pytest.raises(LayerError, match="set its use_nested_tensor to False"):
+        unbraid.scan(network, name, data, tmp_path / "a")
+    for form in ("exact", "plain"):
+        changed = unbraid.apply(network, make_split(network, layer=name), form=form)
+        with torch.no_grad(), pytest.raises(LayerError, match="set its use_nested_tensor to"):
+            changed(x)
+    network.encoder.use_nested_tensor = False
+    unbraid.scan(network, name, data, tmp_path / "b")
+    assert_same_outputs(network, unbraid.apply(network, make_split(network, layer=name)), x)

@@ -7,8 +7,9 @@ module, and attention, where someone looks at one, runs them. N images, L and S 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unbraid.base.errors import LayerError
 from unbraid.networks.by_weight import NO_HOOKS, Hooks, has_other_hooks, hooks_of, run_unseen
 
 OUT = "out_proj"  # which is a module of torch's
@@ -142,42 +144,158 @@ def opened(model: nn.Module) -> Iterator[None]:
             vars(module)["forward"] = partial(_attend_if_watched, module, earlier)
             module._modules.update(parts)
             stack.callback(_close, module, parts)
-        for encoder in [module for module in model.modules() if _encodes(module)]:
+        for encoder in [m for m in model.modules() if encodes(m) and ASIDE not in vars(m)]:
+            vars(encoder)[ASIDE] = True
+            stack.callback(vars(encoder).pop, ASIDE, None)
+        for encoder in [m for m in model.modules() if isinstance(m, nn.TransformerEncoder)]:
             # Only someone who looks at a projection puts hooks on it.
             seen = [
                 (p, NO_HOOKS if isinstance(p, Projection) else hooks_of(p))
                 for p in encoder.modules()
             ]
-            vars(encoder)["forward"] = partial(_encode_if_watched, encoder, seen)
-            stack.callback(vars(encoder).pop, "forward", None)
+            if computes_as(encoder, nn.TransformerEncoder):
+                vars(encoder)["forward"] = partial(_encode_if_watched, encoder, seen)
+                stack.callback(vars(encoder).pop, "forward", None)
+            elif type(encoder).forward is not nn.TransformerEncoder.forward:
+                for layer in getattr(encoder, "layers", ()):
+                    if "forward" not in vars(layer):
+                        vars(layer)["forward"] = partial(_run_if_whole, layer, seen)
+                        stack.callback(vars(layer).pop, "forward", None)
         yield
 
 
-def _encodes(module: nn.Module) -> bool:
-    return type(module) is nn.TransformerEncoder and "forward" not in vars(module)
+ASIDE = "gradients_aside"  # of an encoder in a network that is opened: as torch has it without
+
+
+def encodes(module: nn.Module) -> bool:
+    """Whether a module is torch's encoder, or stands in its place."""
+    return isinstance(module, nn.TransformerEncoder) or hasattr(type(module), ASIDE)
+
+
+def computes_as(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a kind of torch's, or of a class made of it that computes the same."""
+    own = type(module).forward is kind.forward and "forward" not in vars(module)
+    return isinstance(module, kind) and own
 
 
 def _encode_if_watched(
     encoder: Any,
     parts: Sequence[tuple[nn.Module, Hooks]],
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Any:
+    given = (src, mask, src_key_padding_mask, is_causal)
+    apart = left_out(encoder, True, *given)
+    watched = any(has_other_hooks(part, hooks) for part, hooks in parts)
+    if watched or (apart is not None and not leaves_out_now(encoder, *given)):
+        return encode_whole(encoder, apart, *given)
+    return nn.TransformerEncoder.forward(encoder, *given)
+
+
+def _run_if_whole(
+    layer: nn.Module,
+    parts: Sequence[tuple[nn.Module, Hooks]],
+    src: Tensor,
     *args: Any,
     **named: Any,
 ) -> Any:
     if any(has_other_hooks(part, hooks) for part, hooks in parts):
-        with whole_tensors(encoder):
-            return nn.TransformerEncoder.forward(encoder, *args, **named)
-    return nn.TransformerEncoder.forward(encoder, *args, **named)
+        refuse_apart(layer, (src,))
+    return type(layer).forward(layer, src, *args, **named)
 
 
-@contextmanager
-def whole_tensors(encoder: nn.TransformerEncoder) -> Iterator[None]:
-    """Keep an encoder from leaving padding out, as only its fused layers can go without."""
-    before = vars(encoder).get("use_nested_tensor", False)
-    encoder.use_nested_tensor = False
-    try:
-        yield
-    finally:
-        encoder.use_nested_tensor = before
+def refuse_apart(layer: nn.Module, args: tuple[Any, ...]) -> None:
+    """Raise LayerError where padding was left out; as a hook, keep torch from its fused step."""
+    if args and args[0].is_nested:
+        raise LayerError(
+            "An nn.TransformerEncoder with a forward of its own leaves padding out, where no layer "
+            "inside can be looked at or split; set its use_nested_tensor to False."
+        )
+
+
+class _Observer(nn.Module):
+    """Stands for an encoder's layers, to see whether torch leaves padding out before them."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.training = layer.training
+        weight: Any = max(layer.parameters(), key=lambda weight: weight.requires_grad)
+        part = SimpleNamespace(weight=weight, bias=weight)
+        self.norm1 = self.norm2 = self.linear1 = self.linear2 = part
+        own = {"in_proj_weight": weight, "in_proj_bias": weight, "out_proj": part}
+        self.self_attn = SimpleNamespace(batch_first=layer.self_attn.batch_first, **own)
+        self.left_out = False
+
+    def forward(self, src: Tensor, **_: Any) -> Tensor:
+        self.left_out = src.is_nested
+        return src
+
+
+def leaves_out_now(
+    encoder: nn.TransformerEncoder,
+    src: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool | None,
+) -> bool:
+    """Whether torch leaves padding out, by its own code, with gradients on or off as they are."""
+    compiled = torch.compiler.is_compiling() and getattr(encoder, "mask_check", True)
+    if padding is None or compiled or not getattr(encoder, "use_nested_tensor", False):
+        return False
+    observer = _Observer(encoder.layers[0])
+    asked = twin(encoder, layers=[observer], norm=None)
+    nn.TransformerEncoder.forward(asked, src, mask, padding, is_causal)
+    return observer.left_out
+
+
+def left_out(
+    encoder: nn.TransformerEncoder,
+    aside: bool,
+    src: Tensor,
+    mask: Tensor | None,
+    padding: Tensor | None,
+    is_causal: bool | None,
+) -> Tensor | None:
+    """The positions, (N, S), that an encoder leaves out as padding; None if it takes them all.
+
+    With gradients put aside, those that it leaves out where nobody asks for any.
+    """
+    with torch.no_grad() if aside else nullcontext():
+        apart = leaves_out_now(encoder, src, mask, padding, is_causal)
+    return padding.bool() if apart and padding is not None else None
+
+
+def encode_whole(
+    encoder: nn.TransformerEncoder,
+    apart: Tensor | None,
+    src: Tensor,
+    mask: Tensor | None = None,
+    padding: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """Encode up to rounding what torch does, but with every token; its zeros stand at those apart.
+
+    Layers that are looked at or split cannot leave padding out, as torch's fused ones do.
+    """
+    if apart is None:
+        whole = twin(encoder, use_nested_tensor=False)
+        return nn.TransformerEncoder.forward(whole, src, mask, padding, is_causal)
+    hidden = apart & ~apart.all(1, keepdim=True)  # where all is padding none could be looked at
+    whole = twin(encoder, use_nested_tensor=False, norm=None)
+    output = nn.TransformerEncoder.forward(whole, src, mask, hidden, is_causal)
+    output = output.masked_fill(apart[..., None], 0)
+    return output if encoder.norm is None else encoder.norm(output)
+
+
+def twin(module: Any, **other: Any) -> Any:
+    """The same module with other attributes, as others may be using it meanwhile."""
+    new = object.__new__(type(module))
+    own = {**vars(module), **other}
+    own["_modules"] = {name: m for name, m in module._modules.items() if name not in other}
+    object.__setattr__(new, "__dict__", own)
+    return new
 
 
 def _close(attention: nn.MultiheadAttention, parts: Mapping[str, Projection]) -> None:

@@ -8,17 +8,24 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unbraid.networks.attention import (
     APART,
+    ASIDE,
     OUT,
     TOGETHER,
     Projection,
     attend,
+    computes_as,
+    encode_whole,
+    leaves_out_now,
+    left_out,
     opens,
     projections,
-    whole_tensors,
+    refuse_apart,
+    twin,
 )
 from unbraid.networks.by_weight import hooks_of, run_parts, unseen, users
 from unbraid.networks.copying import become, double, rebind
@@ -89,6 +96,7 @@ class SplitEncoderLayer(nn.Module):
 
     def forward(self, src: Tensor, *args: Any, **named: Any) -> Tensor:
         """Compute the original's output, by way of the concept channels."""
+        refuse_apart(self, (src,))
         changed: Tensor = self.original[0](src, *args, **named)
         if self.training:  # when torch does not fuse
             return changed
@@ -105,6 +113,8 @@ class SplitEncoder(nn.Module):
 
     torch leaves padding out where it can, and then gives zeros there; so the original does.
     """
+
+    gradients_aside = False  # unless the network is opened
 
     def __init__(self, original: nn.TransformerEncoder) -> None:  # noqa: D107
         super().__init__()
@@ -125,19 +135,39 @@ class SplitEncoder(nn.Module):
         src: Tensor,
         mask: Tensor | None = None,
         src_key_padding_mask: Tensor | None = None,
-        **named: Any,
+        is_causal: bool | None = None,
     ) -> Tensor:
         """Compute the original's output, by way of the concept channels."""
-        given = (src, mask, src_key_padding_mask)
-        with whole_tensors(self.original[0]):
-            changed: Tensor = self.original[0](*given, **named)
-        if self.training or src_key_padding_mask is None:
-            return changed
+        given = (src, mask, src_key_padding_mask, is_causal)
         unsplit = _unsplit(self.original[0])
-        output = unsplit(*given, **named)
-        with whole_tensors(unsplit):
-            plain = unsplit(*given, **named)
-        return _beside(output, plain, changed)
+        apart = left_out(unsplit, self.gradients_aside, *given)
+        changed: Tensor = _whole(self.original[0], apart)(*given)
+        if apart is None or not leaves_out_now(unsplit, *given):
+            return changed
+        return _beside(unsplit(*given), _whole(unsplit, apart)(*given), changed)
+
+
+def _whole(encoder: nn.TransformerEncoder, apart: Tensor | None) -> Any:
+    """An encoder, hooks and all, that takes every token and has zeros at those apart."""
+    return twin(encoder, forward=partial(encode_whole, encoder, apart))
+
+
+def _encode_plain(
+    encoder: Any,
+    use_nested_tensor: bool,
+    src: Tensor,
+    mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    is_causal: bool | None = None,
+) -> Tensor:
+    """Run an encoder with wider layers inside, with zeros where it had them before."""
+    given = (src, mask, src_key_padding_mask, is_causal)
+    apart = None
+    if use_nested_tensor and not torch.compiler.is_compiling():  # where torch leaves none out
+        apart = left_out(twin(encoder, use_nested_tensor=True), ASIDE in vars(encoder), *given)
+    if apart is None:
+        return nn.TransformerEncoder.forward(encoder, *given)
+    return encode_whole(encoder, apart, *given)
 
 
 def _beside(original: Tensor, plain: Tensor, changed: Tensor) -> Tensor:
@@ -162,15 +192,14 @@ def _unsplit(module: nn.Module) -> Any:
     if isinstance(module, SplitAttention):
         return _unsplit(module.original)
     if isinstance(module, (SplitEncoderLayer, SplitEncoder)):
-        return _unsplit(module.original[0])
+        return twin(_unsplit(module.original[0]), training=module.training)
     if not any(isinstance(part, SplitLayer) for part in module.modules()):
         return module
-    twin = object.__new__(type(module))
-    object.__setattr__(twin, "__dict__", dict(vars(module)))
-    vars(twin)["_modules"] = {
+    unsplit = twin(module)
+    unsplit._modules = {
         name: None if child is None else _unsplit(child) for name, child in module._modules.items()
     }
-    return twin
+    return unsplit
 
 
 def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
@@ -191,17 +220,20 @@ def open_around(model: nn.Module, layer: nn.Module, exact: bool) -> None:
         if layer in parts:
             run_parts(module, parts)
     for module in [module for module in model.modules() if _holds(module, layer)]:
-        around = _AROUND.get(type(module))
+        around = next((new for kind, new in _AROUND.items() if computes_as(module, kind)), None)
         if around is None:
             continue
-        if not exact:
-            module.register_forward_pre_hook(keep_slow_path)
-            vars(module)["use_nested_tensor"] = False  # which only an encoder asks for
-            continue
-        fused = double(module, around)
-        assert fused is not None
-        become(module, around(fused).train(module.training))
-        rebind(fused, module)
+        if exact:
+            fused = double(module, around)
+            assert fused is not None
+            become(module, around(fused).train(module.training))
+            rebind(fused, module)
+        elif around is SplitEncoderLayer:
+            module.register_forward_pre_hook(refuse_apart)
+        else:
+            before = vars(module).get("use_nested_tensor", False)
+            vars(module)["use_nested_tensor"] = False
+            vars(module)["forward"] = partial(_encode_plain, module, before)
 
 
 def _original(module: nn.Module) -> nn.Module:
