@@ -309,5 +309,46 @@ def test_findings_are_read_as_they_were_written(kind, case, tmp_path):
             Findings.load(path)
 
 
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
+@pytest.mark.parametrize("number", [-1, -(10**12), 2**20, 2**62])
+def test_findings_of_numbers_that_cannot_be_are_refused(number, case, tmp_path):
+    path = tmp_path / "found.safetensors"
+    unbraid.find(case.scan, images={1: GROUPS}).save(path)
+    tensors, about = read_tensors(path)
+    unbraid.find(case.scan, tau=0.9, gamma=-1.0).save(path)
+    about["nearest"] = read_tensors(path)[1]["nearest"]
+    pair, near = about["pairs"][0], about["nearest"][0]
+    cluster, entry = next(iter(about["clusters"].items()))
+    wrong = [{"pairs": [{**pair, name: number}]} for name in ("channel", "class1", "class2")]
+    wrong += [{"nearest": [{**near, "pair": {**near["pair"], "class2": number}}]}]
+    wrong += [{"concepts": {"1": [[0], [number]]}}, {"concepts": {number: [[0], [1]]}}]
+    wrong += [{"agreement": {number: 0.5}}, {"clusters": {number: entry}}]
+    wrong += [{"clusters": {**about["clusters"], cluster: {**entry, "place": number}}}]
+    wrong += [{"clusters": {**about["clusters"], cluster: {**entry, "channel": number}}}]
+    if number < 0:
+        wrong += [{"nearest": [{**near, "images": [[3], [number]]}]}]
+    for values in wrong:
+        write_tensors(path, {**tensors, f"images.{number}": torch.tensor([0])}, {**about, **values})
+        with pytest.raises(RunError, match=rf"holds no findings .* is {number}, not 0 to"):
+            Findings.load(path)
+
+
+@pytest.mark.parametrize("case", ["3x3"], indirect=True)
+def test_clusters_of_a_channel_that_is_not_theirs_are_refused(case, tmp_path):
+    path = tmp_path / "found.safetensors"
+    unbraid.find(case.scan, images={1: GROUPS}).save(path)
+    tensors, about = read_tensors(path)
+    number, entry = next(iter(about["clusters"].items()))
+    clusters = {**about["clusters"], number: {**entry, "channel": 2}}
+    more = {**tensors, "centres.2": tensors["centres.1"].clone()}
+    write_tensors(path, more, {**about, "clusters": clusters})
+    with pytest.raises(RunError, match=rf"channel 1 has cluster {number} of another channel"):
+        Findings.load(path)
+    write_tensors(path, tensors, about)
+    far = {n: replace(c, channel=1000) for n, c in Findings.load(path).clusters.items()}
+    with pytest.raises(UsageError, match="of another size"):
+        replace(Findings.load(path), clusters=far).members_in(case.scan)
+
+
 def members_of_all(scan, found):
     return {channel: members_of(scan, found, channel) for channel in found.channels}

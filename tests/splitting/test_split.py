@@ -2,19 +2,24 @@
 
 import math
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.linalg import LinAlgError
 
 import unbraid
 from checks import assert_same_split
 from handmade import plant
 from tiny_networks import SyntheticImages, build
 from unbraid import Split
-from unbraid.base.errors import RunError, UsageError
+from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import read_tensors, write_tensors
+from unbraid.scanning.records import read_shard, write_shard
+from unbraid.splitting.box_solver import Gram
+from unbraid.splitting.conjugate import Common
 
 OWN = {1: [[0], [1]], 5: [[2, 0], [3]]}
 
@@ -45,6 +50,58 @@ def test_a_split_says_what_it_was_made_of_and_is_the_same_from_an_earlier_one(wo
     for part, twin in zip(again.channels, world.split.channels, strict=True):
         # The fit ends where a step would move no mask further.
         torch.testing.assert_close(part.masks, twin.masks, rtol=0, atol=3e-4)
+
+
+def rescan(world, folder, change):
+    """The scan with other numbers, from a function of pooled inputs (N, G, J)."""
+    shutil.copytree(world.scan.path, folder)
+    for shard in range(world.scan.n_shards):
+        records = read_shard(folder, shard)
+        write_shard(folder, shard, replace(records, pooled=change(records.pooled)))
+    return unbraid.open_scan(folder)
+
+
+def test_inputs_too_large_for_float32_are_fitted_as_others_are(world, tmp_path):
+    masks = []
+    for scale in (2.0**30, 2.0**66, 2.0**100):  # beside which biases count nothing
+        scan = rescan(world, tmp_path / str(scale), lambda pooled, by=scale: by * pooled)
+        masks.append([part.masks for part in unbraid.split(scan, world.found).channels])
+    for own in masks[1:]:
+        for some, others in zip(own, masks[0], strict=True):
+            torch.testing.assert_close(some, others, rtol=0, atol=0.01)
+
+
+def put(value, *at):
+    def change(pooled):
+        changed = pooled.clone()
+        changed[at] = value
+        return changed
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [put(v) for v in (0.0, 1.0, 1e-30, 1e30, -1e30)]  # all of them
+    + [put(v, slice(1, 2)) for v in (0.0, 1e10, 1e18, 1e35)]  # an image of each shard
+    + [put(v, ..., 3) for v in (0.0, 1e10, 1e31)]  # a tap
+    + [put(v, 2, 0, 3) for v in (1e20, 1e30, 3e38)],
+)
+def test_inputs_that_are_far_apart_dead_or_alike_are_fitted(change, world, tmp_path):
+    scan = rescan(world, tmp_path / "scan", change)
+    split = unbraid.split(scan, world.found)
+    assert all(((part.masks >= 0) & (part.masks <= 1)).all() for part in split.channels)
+    assert all(math.isfinite(k) for part in split.channels for k in part.info.values())
+
+
+def test_what_cannot_be_factorised_is_refused_in_one_sentence(world, monkeypatch):
+    def fail(*_):
+        raise LinAlgError("no")
+
+    monkeypatch.setattr(Gram, "solver", fail)
+    monkeypatch.setattr(Common, "of", lambda *_: None)
+    with pytest.raises(DataError, match="What feeds channel 1 has numbers too far apart in size"):
+        unbraid.split(world.scan, world.found)
 
 
 def test_split_refuses_what_makes_no_sense_and_of_no_finding_tells_the_hint(world):

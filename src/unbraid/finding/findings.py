@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,7 +210,8 @@ class Findings(Tabular, Exported):
     def members_in(self, scan: Scan) -> Members:
         """Say which images of a scan of this layer belong to which class or cluster."""
         sizes = {c.centres.shape[1] for c in self.clusters.values()}
-        if max(self.channels, default=0) >= scan.layer.n_out or sizes - {scan.layer.n_in_per_group}:
+        channels = (*self.channels, *(c.channel for c in self.clusters.values()))
+        if max(channels, default=0) >= scan.layer.n_out or sizes - {scan.layer.n_in_per_group}:
             raise UsageError("The findings are of a layer of another size than the scan's.")
         return Members(scan, self.clusters)
 
@@ -299,15 +301,13 @@ class Findings(Tabular, Exported):
             check_schema(about, SCHEMA)
             entries = vars(build(_About, about, null_figures=True))
             own = {name: entries[name] for name in cls.__dataclass_fields__ if name != "clusters"}
+            _check_numbers(entries)
             for channel, concepts in own["concepts"].items():
-                in_range("a channel", channel, 0, MAX_CLASSES - 1)
                 numbers = [number for concept in concepts for number in concept]
                 if len(concepts) < 2 or not all(concepts) or len(set(numbers)) < len(numbers):
                     raise ValueError(
                         f"the concepts of channel {channel} are not two or more groups"
                     )
-                for number in numbers:
-                    in_range("a class", number, 0, MAX_CLASSES - 1)
             return cls(**own, clusters=unpack(entries["clusters"], tensors))
         except (KeyError, ValueError) as error:
             raise unread(error, f"{path} holds no findings that can be read ({error}).") from None
@@ -397,6 +397,26 @@ class Findings(Tabular, Exported):
             figures = tuple(vars(pair).values())
             names = (self.name(pair.class1), self.name(pair.class2))
             yield (*figures[:6], *names, *figures[6:], self.uncertain(pair))
+
+
+def _check_numbers(entries: Mapping[str, Any]) -> None:
+    """Raise ValueError where a file names a channel, class, cluster or image that cannot be."""
+    concepts, clusters, nearest = (entries[name] for name in ("concepts", "clusters", "nearest"))
+    pairs = [*entries["pairs"], *(candidate.pair for candidate in nearest)]
+    channels = [*concepts, *entries["agreement"]]
+    channels += [own.channel for own in (*pairs, *clusters.values())]
+    classes = [number for own in concepts.values() for concept in own for number in concept]
+    classes += [*clusters, *(number for pair in pairs for number in (pair.class1, pair.class2))]
+    for what, numbers in {"a channel": channels, "a class or cluster": classes}.items():
+        for number in numbers:
+            in_range(what, number, 0, MAX_CLASSES - 1)
+    for candidate in nearest:
+        for index in chain.from_iterable(candidate.images):
+            in_range("an image", index, 0, 2**62)
+    for channel, own in concepts.items():
+        for number in chain.from_iterable(own):
+            if number in clusters and clusters[number].channel != channel:
+                raise ValueError(f"channel {channel} has cluster {number} of another channel")
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,9 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
+from unbraid.base.errors import DataError
 from unbraid.base.progress import Advance, Progress
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Clusters, Members
@@ -60,7 +62,13 @@ def on_images(
         chosen = [[reader.known[layer.group_of(channel), n] for n in concept] for concept in own]
         n_shaped = sample_of(N_SHAPED, members.scan)
         part = _part(own, members.clusters)
-        return work(_gather(chosen, n_shaped, columns, channel, part), channel)
+        try:
+            return work(_gather(chosen, n_shaped, columns, channel, part), channel)
+        except LinAlgError:
+            raise DataError(
+                f"What feeds channel {channel} has numbers too far apart in size to compute with; "
+                "leave it out, or use method='published'."
+            ) from None
 
     total = sum(len(own) for own in concepts.values())
     with progress.of(title, total, "concepts") as advance:

@@ -24,6 +24,7 @@ _LEAST_RIDGE = 1e-9  # of the mean curvature, so that there is one answer
 _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
 _STILL = 300.0  # times the least gain: a step that would move no tap further is not taken
 _NEAR = 1e-6  # KKT residual of a step, whose curvature is no more exact
+_BLURRED = 1e4  # times a diagonal: of a larger one, taken out again, rounding is left
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
 
 
@@ -133,6 +134,10 @@ class Objective:
             if ahead is None:
                 curvature.follow(counts_of(point.nears))
                 gram = self._curved(curvature.matrix, point.nears, crosses)
+                if curvature.is_blurred(gram.diagonal(), self.terms[0].row):
+                    curvature = Curvature(self.terms[0].images)
+                    curvature.follow(counts_of(point.nears))
+                    gram = self._curved(curvature.matrix, point.nears, crosses)
                 ahead = self._lower(point, self._exact_step(point, gradient, gram), common)
             if ahead is None:
                 break
@@ -248,6 +253,7 @@ class Curvature:
         self.images, n_inputs = images, images.inputs.shape[1]
         self.matrix = images.inputs.new_zeros(n_inputs, n_inputs)
         self.counts = images.inputs.new_zeros(len(images.inputs))
+        self._most = self.matrix.diagonal()  # so far
 
     def follow(self, counts: Tensor) -> None:
         """Go on to what images count now, (N,), but for small changes."""
@@ -255,10 +261,16 @@ class Curvature:
         changed = change.abs() > _UNFOLLOWED * torch.maximum(counts, self.counts)
         if 2 * int(changed.sum()) > int((counts > 0).sum()):
             self.matrix, self.counts = torch.zeros_like(self.matrix), torch.zeros_like(counts)
+            self._most = self.matrix.diagonal()
             change, changed = counts, counts > 0
         if changed.any():
             self.matrix = self.matrix + weighted_moments(self.images, change * changed)
             self.counts = torch.where(changed, counts, self.counts)
+            self._most = torch.maximum(self._most, self.matrix.diagonal())
+
+    def is_blurred(self, diagonal: Tensor, row: Tensor) -> bool:
+        """Whether images that count no more may have left more rounding than a diagonal, (J,)."""
+        return bool(((self._most * row.square())[:-1] > _BLURRED * diagonal).any())
 
 
 def weighted_moments(images: Images, weights: Tensor) -> Tensor:
@@ -266,13 +278,13 @@ def weighted_moments(images: Images, weights: Tensor) -> Tensor:
     some = weights.nonzero()[:, 0]
     most = weights.abs().amax()  # or float32 could overflow
     rows, shares = images.rough[some], (weights[some] / most).float()
-    return products_of(rows, rows * shares[:, None]).double() * most
+    return products_of(rows, rows * shares[:, None]).double() * (most * images.unit**2)
 
 
 def diagonal_of(images: Images, row: Tensor, counts: Tensor) -> Tensor:
     """The diagonal of half the curvature that images bring about who count so much, (J,)."""
     most = counts.amax().clamp(min=torch.finfo(counts.dtype).tiny)
-    squares = ((counts / most).float() @ images.squares).double() * most
+    squares = ((counts / most).float() @ images.squares).double() * (most * images.unit**2)
     return (squares * row.square())[:-1]
 
 

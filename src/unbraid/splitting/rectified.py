@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from unbraid.scanning.records import Scan
-from unbraid.splitting.silence import MARGIN, Images, Near
+from unbraid.splitting.silence import MARGIN, MOST, Images, Near
 
 _LEAST_SIGMA = 1e-6  # of the rms of mean responses
 
@@ -31,7 +31,9 @@ class Shape:
     @classmethod
     def of(cls, row: Tensor, images: Images, spread: Tensor) -> Shape:
         """Take a channel's weights and bias, (J + 1,), and deviations within images, (M, J)."""
-        return cls(images, row, spread * (row[:-1] / max(1, len(spread)) ** 0.5).to(spread))
+        weights = row[:-1] / max(1, len(spread)) ** 0.5
+        scaled = spread * weights.to(spread)
+        return cls(images, row, scaled if _is_small(scaled) else spread.double() * weights)
 
     @cached_property
     def original(self) -> Tensor:
@@ -62,10 +64,15 @@ class Shape:
 def spreads_of(scan: Scan) -> list[Tensor | None]:
     """For each group of a layer, deviations with the second moment of `Scan.spread`, (M, J).
 
-    In float32: they are a sample.
+    In float32, as they are a sample, but for huge ones.
     """
     spreads = [scan.spread(group) for group in range(scan.layer.groups)]
-    return [spread if spread is None else condense(spread).float() for spread in spreads]
+    few = [spread if spread is None else condense(spread) for spread in spreads]
+    return [own.float() if own is not None and _is_small(own) else own for own in few]
+
+
+def _is_small(spread: Tensor) -> bool:
+    return not spread.numel() or float(spread.abs().amax()) <= MOST
 
 
 def condense(spread: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ N_TOP = 1000  # images of no concept that excite a channel most, all of which ar
 N_EVEN = 1000  # images spread evenly over the scan, which stand for all others
 N_SHAPED = 500  # images of a concept, whose responses are looked at one by one
 _LARGE = 100_000  # images of a scan of which half as many are looked at
+MOST = 1e15  # of inputs whose squares float32 adds up
 _MANY = 256  # part of responses that are asked for exactly, above which all of them are quicker
 
 
@@ -46,13 +47,19 @@ class Images:
         return self.inputs[:, -1].contiguous()
 
     @cached_property
+    def unit(self) -> float:
+        """What inputs are divided by before float32 takes their squares; 1 but for huge ones."""
+        most = float(self.inputs.abs().amax()) if len(self.inputs) else 0.0
+        return 2.0 ** math.frexp(most)[1] if most > MOST else 1.0
+
+    @cached_property
     def rough(self) -> Tensor:
-        """The inputs in float32."""
-        return self.inputs.float()
+        """The inputs in float32, in units."""
+        return (self.inputs if self.unit == 1 else self.inputs / self.unit).float()
 
     @cached_property
     def squares(self) -> Tensor:
-        """Squares of the inputs in float32."""
+        """Squares of the inputs in float32, in units."""
         return self.rough.square()
 
     def respond(self, row: Tensor, mask: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def split(
         UsageError: nothing was found, rho is out of range, misplaced or cannot be chosen from this
             scan, the scan lacks images of a concept, `start` or `refit` is of another layer, or
             `refit` of another scan.
+        DataError: what feeds a channel has numbers too far apart in size for least squares.
 
     Source:
         "Split" in docs/method.md.
