@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # as type checkers and editors see the names
     from unbraid.base.memory import keep_memory as keep_memory
     from unbraid.finding.find import find as find
     from unbraid.finding.findings import Findings as Findings
-    from unbraid.finding.thresholds import Sensitivity as Sensitivity
-    from unbraid.finding.thresholds import sensitivity as sensitivity
+    from unbraid.finding.sensitivity import Sensitivity as Sensitivity
+    from unbraid.finding.sensitivity import sensitivity as sensitivity
     from unbraid.images.open import from_hugging_face as from_hugging_face
     from unbraid.images.open import open_images as open_images
     from unbraid.images.several_labels import one_per_label as one_per_label
@@ -65,7 +65,7 @@ _NAMES = {
     "base.memory": "keep_memory",
     "finding.find": "find",
     "finding.findings": "Findings",
-    "finding.thresholds": "Sensitivity sensitivity",
+    "finding.sensitivity": "Sensitivity sensitivity",
     "images.open": "from_hugging_face open_images",
     "images.several_labels": "one_per_label",
     "measuring.ablate": "ablate",

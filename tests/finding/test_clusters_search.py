@@ -213,6 +213,25 @@ def test_a_scan_of_broken_images_alone_has_no_clusters(tmp_path):
     assert not unbraid.find(scan, concepts="clusters").concepts
 
 
+@pytest.mark.parametrize("n_after", [2, 3])
+def test_an_image_is_known_once_more_behind_a_shard_of_broken_ones(n_after, tmp_path):
+    scan = write_scan(
+        tmp_path,
+        shares=torch.full((6 + n_after, 3), 0.3),
+        pooled=torch.tensor([1.0, 2, 3, 0, 0, 0, 3, 4, 5])[: 6 + n_after, None].double(),
+        labels=list(range(6 + n_after)),
+        shard_size=3,
+    )
+    for shard, records in enumerate(scan.shards()):
+        own = replace(records, group=torch.zeros(len(records)).long())
+        if shard == 1:
+            none = no_records(scan.layer, positions=False)
+            own = replace(none, broken=records.index, group=own.group[:0])
+        write_shard(tmp_path, shard, own)
+    for _, top in top_images(scan):
+        assert top.label.tolist() == [0, 1, 2, 7, 8][: 3 + n_after - 1]
+
+
 @pytest.fixture(scope="module")
 def scan(tmp_path_factory):
     def scanned(name, layer=demo.LAYER, network=None, **settings):

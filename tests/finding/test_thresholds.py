@@ -16,7 +16,7 @@ from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
 from unbraid.demo.network import LAYER, DemoNet, load_images, load_network
 from unbraid.finding.arv import class_cosines, class_sums, cosines_of
-from unbraid.finding.thresholds import GAMMAS, PS, TAUS, Cell, Sensitivity
+from unbraid.finding.sensitivity import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
 
 

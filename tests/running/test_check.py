@@ -19,7 +19,7 @@ from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS as FINDINGS
-from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
+from unbraid.finding.sensitivity import COLUMNS as SENSITIVITY
 from unbraid.running.check import check
 from unbraid.visualizing.features import Feature, Features
 

@@ -1,6 +1,7 @@
 """Least-squares masks: the objective image by image, its optimum, and what it is good for."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,6 +335,29 @@ def test_choose_rest_takes_the_most_exciting_and_evenly_spaced_images(
         own = read[channel].of(read[channel].concept < 0)
         torch.testing.assert_close(own.inputs, inputs[rest.place[channel]])
         assert torch.equal(own.weight, rest.weight[channel])
+
+
+def test_images_that_excite_a_channel_equally_are_not_all_held(monkeypatch):
+    """As where a channel's input is zero in most images."""
+    monkeypatch.setattr(silence, "N_TOP", 20)
+    n, n_shards, layer = 40, 60, SimpleNamespace(group_of=lambda _: 0)
+    scan = SimpleNamespace(
+        **{"weight": torch.ones(3, 2), "bias": torch.zeros(3), "layer": layer},
+        manifest=SimpleNamespace(n_images=n * n_shards),
+    )
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randint(0, 3, (n_shards, n), generator=generator)
+    z[1:][z[1:] == 2] = 0  # so that few are not among equals
+    top, held = silence._Top(scan, range(3)), []
+    for shard in torch.randperm(n_shards, generator=generator).tolist():
+        pooled = torch.stack([z[shard], 0 * z[shard]], 1)[:, None].float()
+        records = SimpleNamespace(pooled=pooled, n_positions=torch.ones(n).long())
+        places = shard * n + torch.arange(n)
+        top.add(records, torch.ones(n, 3, dtype=torch.bool), places)
+        held.append(sum(len(own) for own, _, _ in top._found))
+    assert max(held) <= 3 * (3 * 20 + n)
+    wanted = z.flatten().argsort(descending=True, stable=True)[:20].tolist()
+    assert [places.tolist() for places in top.places()] == [wanted] * 3
 
 
 def test_one_image_a_concept_and_silent_channels_are_no_trouble(tmp_path):

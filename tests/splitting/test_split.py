@@ -94,6 +94,12 @@ def test_inputs_that_are_far_apart_dead_or_alike_are_fitted(change, world, tmp_p
     assert all(math.isfinite(k) for part in split.channels for k in part.info.values())
 
 
+def test_masks_that_are_no_answer_are_told(world, tmp_path):
+    scan = rescan(world, tmp_path / "scan", lambda pooled: 1e-12 * pooled)
+    with pytest.warns(UserWarning, match="Masks of . channels?, such as ., are not the best ones"):
+        unbraid.split(scan, world.found)
+
+
 def test_what_cannot_be_factorised_is_refused_in_one_sentence(world, monkeypatch):
     def fail(*_):
         raise LinAlgError("no")

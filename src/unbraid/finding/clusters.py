@@ -194,7 +194,7 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
             total += even.sum(0)
             n_even += len(even)
             n_images += len(new)
-            if records.drawn is None and records.group is not None:
+            if len(records) and records.drawn is None and records.group is not None:
                 own = records.group, records.pooled.flatten(1)
                 new = new.masked_fill(_shown_before(*own, shown)[:, None], -torch.inf)
                 shown = own[0][-1:], own[1][-1:]

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup
 
 from unbraid.base.tables import count
-from unbraid.finding.thresholds import Sensitivity
+from unbraid.finding.sensitivity import Sensitivity
 from unbraid.reporting.alt_text import (
     describe_bars,
     describe_densities,

@@ -30,7 +30,7 @@ from unbraid.scanning.records import Scan
 if TYPE_CHECKING:
     from torch.utils.data import Dataset
 
-    from unbraid.finding.thresholds import Sensitivity
+    from unbraid.finding.sensitivity import Sensitivity
     from unbraid.measuring.circuit_graph import CircuitGraph
     from unbraid.measuring.results import Evaluation
     from unbraid.splitting.splits import Split

@@ -12,7 +12,8 @@ from unbraid.base.errors import UsageError
 from unbraid.base.tables import count
 from unbraid.finding.findings import Findings
 from unbraid.finding.pairs import Pair
-from unbraid.finding.thresholds import Sensitivity, top_images
+from unbraid.finding.sensitivity import Sensitivity
+from unbraid.finding.thresholds import top_images
 from unbraid.measuring.circuit_graph import CircuitGraph
 from unbraid.measuring.compare import OutputComparison
 from unbraid.measuring.results import ChannelAblation, ChannelEvaluation, Evaluation

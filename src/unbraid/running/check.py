@@ -13,7 +13,7 @@ from unbraid.base.errors import RunError, UnbraidError, UnreadableError, brief
 from unbraid.base.files import remove_leftovers, set_aside
 from unbraid.base.tables import count
 from unbraid.finding.findings import COLUMNS as FINDINGS
-from unbraid.finding.thresholds import COLUMNS as SENSITIVITY
+from unbraid.finding.sensitivity import COLUMNS as SENSITIVITY
 from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.mapped import Mapped
 from unbraid.measuring.circuit_graph import read_graphs

@@ -16,7 +16,7 @@ from unbraid.base.errors import RunError
 from unbraid.base.tables import count, one_line
 from unbraid.finding.find import find
 from unbraid.finding.findings import Findings
-from unbraid.finding.thresholds import Sensitivity, sensitivity
+from unbraid.finding.sensitivity import Sensitivity, sensitivity
 from unbraid.images.open import absolute
 from unbraid.images.own import own_named
 from unbraid.measuring.circuit_graph import CircuitGraph, read_graphs

@@ -84,6 +84,7 @@ class Common:
 
         Turns are vectors and what they meet, taken from either side, (J,) each.
         """
+        counts = counts.clamp(max=torch.finfo(torch.float32).max)
         most = float(counts.amax())
         shares = (counts / (most or 1.0)).float()
         both = [(one.float(), other.float()) for one, other in turns]
@@ -119,7 +120,10 @@ def step_in_box(times: Product, inverse: Tensor, gradient: Tensor, mask: Tensor)
             if not power > least:
                 break
             turned = times(way)
-            length = power / float(way @ turned)
+            bend = float(way @ turned)
+            if not power < bend * torch.finfo(way.dtype).max:  # flat, or no number, in float32
+                break
+            length = power / bend
             step, rest = step.add(way, alpha=length), rest.sub(turned, alpha=length)
             ahead = (inverse @ (rest * free)) * free
             before, power = power, float(rest @ ahead)

@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 from unbraid.splitting.box_solver import solve_box
 from unbraid.splitting.conjugate import Common, step_in_box
@@ -25,6 +26,7 @@ _ROUGH_RIDGE = 1e-5  # part of the diagonal of what float32 gives
 _STILL = 300.0  # times the least gain: a step that would move no tap further is not taken
 _NEAR = 1e-6  # KKT residual of a step, whose curvature is no more exact
 _BLURRED = 1e4  # times a diagonal: of a larger one, taken out again, rounding is left
+UNSOLVED = 0.1  # KKT residual of masks that are no answer
 _UNFOLLOWED = 0.1  # part of what an image counts, by which the curvature may be off
 
 
@@ -114,7 +116,8 @@ class Objective:
         """Go down from a point while a step gains more than a part of the objective.
 
         Each step holds which errors are active, and how they change, and nearly solves what is
-        left. Where that leads nowhere, the curvature is written down and solved by.
+        left. Where that leads nowhere, the curvature is written down and solved by. May raise
+        LinAlgError, far from an answer.
         """
         curvature = Curvature(self.terms[0].images)
         for _ in range(_MAX_STEPS):
@@ -138,7 +141,11 @@ class Objective:
                     curvature = Curvature(self.terms[0].images)
                     curvature.follow(counts_of(point.nears))
                     gram = self._curved(curvature.matrix, point.nears, crosses)
-                ahead = self._lower(point, self._exact_step(point, gradient, gram), common)
+                try:
+                    ahead = self._lower(point, self._exact_step(point, gradient, gram), common)
+                except LinAlgError:  # numbers too far apart in size to go on
+                    if self._residual(point, common) > UNSOLVED:
+                        raise
             if ahead is None:
                 break
             before, point = point.value, ahead

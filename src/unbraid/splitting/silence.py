@@ -199,12 +199,13 @@ class _Top:
 
     def places(self) -> list[Tensor]:
         """Where the images of each channel lie, of equal ones the first."""
-        found = []
-        for z, place in self._by_channel():
-            order = place.argsort()
-            order = order[z[order].argsort(descending=True, stable=True)]
-            found.append(place[order[: self._n_top]])
-        return found
+        return [self._first(z, place)[1] for z, place in self._by_channel()]
+
+    def _first(self, z: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+        """The strongest responses and their places, of equal ones the first in the scan."""
+        order = place.argsort()
+        order = order[z[order].argsort(descending=True, stable=True)][: self._n_top]
+        return z[order], place[order]
 
     def _by_channel(self) -> list[tuple[Tensor, Tensor]]:
         """Responses and places found, channel by channel."""
@@ -214,12 +215,11 @@ class _Top:
         return list(zip(z[order].split(sizes), place[order].split(sizes), strict=True))
 
     def _sift(self) -> None:
-        """Keep the best of each channel, and what equals the last of them."""
+        """Keep the best of each channel."""
         kept = []
         for c, (z, place) in enumerate(self._by_channel()):
             if len(z) > self._n_top:
-                least = z.kthvalue(len(z) - self._n_top + 1).values if self._n_top else torch.inf
-                self._least[c] = least
-                z, place = z[z >= least], place[z >= least]
+                z, place = self._first(z, place)
+                self._least[c] = z[-1] if self._n_top else torch.inf
             kept.append((z, torch.full_like(place, c), place))
         self._found = kept

@@ -21,6 +21,7 @@ from unbraid.finding.membership import Members, same_clusters
 from unbraid.scanning.records import Scan
 from unbraid.splitting.cross_validation import choose_weights
 from unbraid.splitting.least_squares import Weights, fit_least_squares
+from unbraid.splitting.objective import UNSOLVED
 from unbraid.splitting.published import choose_rho, published_masks
 from unbraid.splitting.quantiles import with_quantiles
 from unbraid.splitting.silence import choose_rest
@@ -259,6 +260,14 @@ def _least_squares(
     rest = (others, choose_rest(others, concepts, progress))
     weights = weights or choose_weights(members, concepts, rest, progress)
     fits = fit_least_squares(members, concepts, weights, rest, begin, progress)
+    unsolved = [o for o, fit in fits.items() if fit.kkt_residual > UNSOLVED]
+    if unsolved:
+        warnings.warn(
+            f"Masks of {count(len(unsolved), 'channel')}, such as {unsolved[0]}, are not the best "
+            "ones: what feeds them is too small beside their biases, or too far apart in size, to "
+            "compute with.",
+            stacklevel=4,  # `split`, and what runs it in plain modes
+        )
     return {
         o: (
             fit.masks,
