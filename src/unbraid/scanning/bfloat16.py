@@ -12,7 +12,8 @@ from torch.utils.data import Dataset
 
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.broken import Readable, sort_out
-from unbraid.images.dataset import drawing_alike, size_of, spaced
+from unbraid.base.modes import drawing_alike
+from unbraid.images.dataset import size_of, spaced
 from unbraid.networks.copying import unwrap
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.relevance import undisturbed
