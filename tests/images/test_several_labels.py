@@ -83,16 +83,17 @@ def test_several_labels_that_do_not_go_together_are_told(case, folder, tmp_path)
     lines, options, words = REFUSED[case]
     file = write(folder, lines, "path,label,group" if case == "two groups" else "path,label")
 
-    for k, part in enumerate((None, Subset, ConcatDataset)):
+    def scan(part):
+        asked = {"target": "multilabel", **options}
+        images = part(open_images(file, to_tensor))
+        unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan", **asked)
+
+    for part in (lambda x: x, lambda x: Subset(x, range(len(x))), lambda x: ConcatDataset([x])):
         with pytest.raises((DataError, UsageError)) as error:
-            asked = {"target": "multilabel", **options}
-            images = open_images(file, to_tensor)
-            if part is not None:
-                images = Subset(images, range(len(images))) if part is Subset else part([images])
-            unbraid.scan(build("3x3"), "layer", images, tmp_path / f"scan{k}", **asked)
+            scan(part)
         assert words in str(error.value)
         assert "\n" not in str(error.value)
-        assert not (tmp_path / f"scan{k}").exists()
+        assert not (tmp_path / "scan").exists()
 
 
 def test_a_part_with_one_label_for_each_image_is_refused_nowhere(folder):

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import random
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
