@@ -3,12 +3,13 @@
 import pytest
 import torch
 from sources import to_tensor
+from torch.utils.data import ConcatDataset, Subset
 
 import unbraid
 from tiny_networks import build
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images.open import images_like, open_images, part_of
-from unbraid.images.several_labels import repeats
+from unbraid.images.several_labels import refuse_several, repeats
 
 LINES = ["ant/0.png,a", "ant/1.png,b", "ant/0.png,b", "bee/0.png,a", "./ant/1.png,c", "bee/1.png,c"]
 ITEMS = [
@@ -82,14 +83,19 @@ def test_several_labels_that_do_not_go_together_are_told(case, folder, tmp_path)
     lines, options, words = REFUSED[case]
     file = write(folder, lines, "path,label,group" if case == "two groups" else "path,label")
 
-    def scan():
+    def scan(part):
         asked = {"target": "multilabel", **options}
-        unbraid.scan(
-            build("3x3"), "layer", open_images(file, to_tensor), tmp_path / "scan", **asked
-        )
+        images = part(open_images(file, to_tensor))
+        unbraid.scan(build("3x3"), "layer", images, tmp_path / "scan", **asked)
 
-    with pytest.raises((DataError, UsageError)) as error:
-        scan()
-    assert words in str(error.value)
-    assert "\n" not in str(error.value)
-    assert not (tmp_path / "scan").exists()
+    for part in (lambda x: x, lambda x: Subset(x, range(len(x))), lambda x: ConcatDataset([x])):
+        with pytest.raises((DataError, UsageError)) as error:
+            scan(part)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not (tmp_path / "scan").exists()
+
+
+def test_a_part_with_one_label_for_each_image_is_refused_nowhere(folder):
+    images = open_images(write(folder, LINES), to_tensor)
+    refuse_several(Subset(images, [0, 2, 4, 5, 5]), given=True, of_label=True)

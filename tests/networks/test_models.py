@@ -4,6 +4,7 @@ import sys
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 from unbraid.base.errors import ModelError, UsageError
 from unbraid.networks.models import import_torchvision, load_model
@@ -64,6 +65,19 @@ def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
             spec = own(spec.removeprefix("OWN "), tmp_path)
         with pytest.raises(UsageError, match=hint):
             load_model(spec, weights, "nonsense")
+
+
+@pytest.mark.parametrize("spec", ["torchvision:squeezenet1_1", "timm:test_resnet"])
+def test_random_weights_are_the_same_each_time_and_the_callers_numbers_stay(spec):
+    pytest.importorskip(spec.partition(":")[0])
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    first = load_model(spec, "random", "cpu").model.state_dict()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(6)
+    again = load_model(spec, "random", "cpu").model.state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in first.items())
+    assert any(value.std() > 0 for value in first.values() if value.is_floating_point())
 
 
 def test_load_model_without_a_connection_or_with_torchvision_for_another_torch_is_told(monkeypatch):

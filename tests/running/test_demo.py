@@ -12,6 +12,7 @@ import unbraid
 from unbraid.base.errors import UsageError
 from unbraid.demo import network as demo
 from unbraid.running.finished import Run
+from unbraid.running.folders import validation_images
 
 
 @pytest.mark.parametrize(("split", "least"), [("train", 300), ("test", 200)])
@@ -29,6 +30,12 @@ def test_load_images_of_each_class_as_many_that_the_network_knows(split, least):
     assert (predicted == torch.tensor(images.targets[::5])).double().mean() > 0.9
     with pytest.raises(UsageError, match="train, test"):
         demo.load_images("val")
+
+
+@pytest.mark.parametrize("more", [{"data": "elsewhere"}, {"bands": [0]}])
+def test_other_images_or_bands_of_a_demo_are_refused(more):
+    with pytest.raises(UsageError, match="The demo's images are included"):
+        validation_images({"demo": True, **more}, None)
 
 
 @pytest.fixture(scope="module")

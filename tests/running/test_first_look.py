@@ -5,13 +5,16 @@ import warnings
 
 import pytest
 import torch
+from PIL import Image
 from torch.utils.data import Subset
+from torchvision.transforms.functional import to_tensor
 
 import unbraid
 from running.test_run import LOOSE, content, die_until_done, network
 from tiny_networks import SyntheticImages
-from unbraid.base.errors import DataError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.images import sample
+from unbraid.images.open import open_images
 from unbraid.running import finished, first_look
 from unbraid.running.check import check
 from unbraid.running.finished import Run
@@ -121,6 +124,19 @@ def test_large_run_looks_first_by_itself_and_then_only_if_nothing_of_all_was_sca
     monkeypatch.setattr(first_look, "LARGE", 81)
     assert len(run(tmp_path / "small")) == 1
     assert not (tmp_path / "small/quick").exists()
+
+
+def test_what_all_images_would_be_refused_for_is_told_before_the_first_look(tmp_path, monkeypatch):
+    names = [f"{k}.png" for k in range(40)]
+    for name in names:
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    lines = ["path,label", *(f"{name},0" for name in names), "39.png,1"]
+    (tmp_path / "list.csv").write_text("\n".join(lines))
+    images = open_images(tmp_path / "list.csv", to_tensor)
+    monkeypatch.setattr(first_look, "sample_of", lambda _, n, by_class: list(range(n)))
+    with pytest.raises(UsageError, match=r"^39.png as .: images have several labels; use"):
+        run(tmp_path / "run", quick=True, train=images)
+    assert not (tmp_path / "run").exists()
 
 
 def test_first_look_says_how_sure_it_is_and_what_goes_on(tmp_path):

@@ -45,6 +45,18 @@ def some_bands():
     return Bands((5, 9, 8), 30), Bands((5, 9, 8), 12)
 def some_signals():
     return Bands((2, 64), 30), Bands((2, 64), 12)
+def fewer_bands():
+    return Bands((5, 9, 8), 30), Bands((5, 9, 8), 11)
+def fewer_signals():
+    return Bands((2, 64), 30), Bands((2, 64), 11)
+def other_bands():
+    return others(some_bands())
+def other_signals():
+    return others(some_signals())
+def others(made):
+    for own in made:
+        own.targets = [0, *own.targets[:-2], 0]
+    return made
 """
 
 
@@ -99,6 +111,27 @@ def test_a_run_is_reported_drawn_and_explored_where_its_data_is_named(kind_and_r
     unbraid("circuit", out, "--channel", channel, "--data", data, "--model", model)
     unbraid("edit", out, "--off", f"{channel}.0", "--out", place / f"{kind} edited",
             "--data", data, "--model", model)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [("fewer", "are 11 images, fewer images than were scanned;"), ("other", "labels differ")],
+)
+def test_other_images_than_were_scanned_are_told_everywhere(named, words, kind_and_run, place):
+    kind, out = kind_and_run
+    model, data = f"{place}/own.py:{kind}", f"{place}/own.py:{named}_{kind}"
+    with pytest.raises(UsageError, match=words):
+        unbraid("report", out, "--data", data)
+    opened = open_run(out, model, data=data)
+    assert opened.val_images is None
+    told = [text for text in opened.missing if words in text]
+    assert told[-1].startswith("Reference images stay without pictures: ")
+    assert (opened.train_images is None) == (named == "other")
+
+
+def test_bands_without_pictures_to_share_are_refused(kind_and_run, place):
+    with pytest.raises(UsageError, match="none are shared"):
+        unbraid("share", kind_and_run[1], "--out", place / "shared", "--bands", "1")
 
 
 def test_what_cannot_be_drawn_by_bands_or_explained_is_told(kind_and_run, place):

@@ -145,6 +145,17 @@ def test_a_finished_layer_is_not_made_anew(tmp_path, monkeypatch):
         run(tmp_path)
 
 
+def test_a_finished_layers_page_is_drawn_again_where_bands_differ(tmp_path, monkeypatch):
+    drawn = []
+    run(tmp_path, ("all",), source={"bands": [0]})
+    monkeypatch.setattr(running.Run, "report", lambda self: drawn.append(self.folder) or self.page)
+    run(tmp_path, ("all",), source={})
+    assert drawn
+    drawn.clear()
+    run(tmp_path, ("all",), source={})
+    assert not drawn
+
+
 def test_a_layer_whose_visualisation_was_refused_is_finished_all_the_same(tmp_path, monkeypatch):
     refusal = Mock(side_effect=ModelError("It cannot be seen."))
     monkeypatch.setattr(running, "visualize", refusal)

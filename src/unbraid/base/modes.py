@@ -98,6 +98,16 @@ def same_random() -> Iterator[None]:
 
 
 @contextmanager
+def drawing_alike() -> Iterator[None]:
+    """Have random numbers be the same each time, and put the caller's back."""
+    with same_random():
+        random.seed(0)
+        np.random.seed(0)
+        torch.default_generator.manual_seed(0)
+        yield
+
+
+@contextmanager
 def restored(model: nn.Module, *, wholly: bool = False) -> Iterator[None]:
     """Put back what a network keeps of itself: flags, buffers, and tensors beside them.
 

@@ -336,6 +336,11 @@ def share(
     from unbraid.running.finished import Run
     from unbraid.running.share import share_run
 
+    if bands is not None and not pictures:
+        raise UsageError(
+            "--bands say how pictures are drawn, and none are shared; add --pictures, or leave it "
+            "out."
+        )
     words = {"data_name": data_name, "license_name": license_name}
     files = share_run(Run(run, data, read_bands(bands)), out, **words, pictures=pictures)
     show(f"Shared: {', '.join(map(str, files))}")

@@ -85,8 +85,9 @@ def run(
     """Do everything: scan, find, split, check the outputs, evaluate and report.
 
     One pass scans all layers. With several layers, each has its results in a folder of its name.
-    If a run stops, the same command goes on where it stopped. A run with other settings keeps what
-    is there, shares its scans and writes its results into OUT/settings-2 and so on.
+    If a run stops, the same command goes on where it stopped. A run with other thresholds,
+    concepts or encoder keeps what is there, shares its scans and writes its results into
+    OUT/settings-2 and so on.
 
     Args:
         data: Folder with train and val. Each is a folder of images, with or without class folders,

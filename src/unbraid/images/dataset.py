@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import inspect
-import random
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
 from PIL import Image
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from unbraid.base.errors import DataError, UnbraidError, UsageError, brief
-from unbraid.base.modes import same_random
+from unbraid.base.modes import drawing_alike
 from unbraid.images.broken import UNLABELLED, BrokenImage, read_pair, to_label
 from unbraid.images.mapped import Chosen, Numbers, Texts
 
@@ -165,16 +162,6 @@ def changes_images(dataset: Dataset[Any]) -> bool:
 def spaced(size: int) -> range:
     """Indices of some images."""
     return range(0, size, max(1, size // N_TRIED))
-
-
-@contextmanager
-def drawing_alike() -> Iterator[None]:
-    """Have random numbers be the same each time, and put the caller's back."""
-    with same_random():
-        random.seed(0)
-        np.random.seed(0)
-        torch.default_generator.manual_seed(0)
-        yield
 
 
 # --- labels ---------------------------------------------------------------------------------------

@@ -23,11 +23,11 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UnfitPicture
+from unbraid.base.modes import drawing_alike
 from unbraid.base.team import join_team
 from unbraid.images.broken import BrokenImage, plain, read_pair
 from unbraid.images.dataset import (
     changes_images,
-    drawing_alike,
     gathered,
     groups_of,
     inner_of,

@@ -105,7 +105,7 @@ def refuse_several(dataset: Dataset[Any], given: bool, of_label: bool) -> None:
     """Refuse a list whose images have several labels where an item is no label of its own.
 
     Args:
-        dataset: of a list; who calls `one_per_label` knows what it does.
+        dataset: of a list, in parts or joined; who calls `one_per_label` knows what it does.
         given: whether labels are those of the list.
         of_label: whether one label is to be the network's answer.
 
@@ -113,27 +113,29 @@ def refuse_several(dataset: Dataset[Any], given: bool, of_label: bool) -> None:
         UsageError: images have several, and no other would be asked for.
         DataError: two labels of an image are one class.
     """
-    if not isinstance(dataset, ListedImages) or not isinstance(dataset.shown(0), str):
+    if not _holds_several(dataset):
         return
-    every = range(len(dataset))
-    if not (again := repeats(dataset, every)):
-        return
-    first = min(again)
-    if of_label or not given:
-        use = "" if given else ", and labels='given'"
-        raise UsageError(
-            f"{one_line(dataset.ids[first])}: images have several labels; use target='multilabel' "
-            f"for a network with a logit for each label{use}, or name each image once."
-        )
-    seen: set[tuple[Any, int]] = set()
-    for index in every:
-        own = (_image_of(dataset, index), dataset.targets[index])
-        if own in seen:
+    files: dict[tuple[int, Any], int] = {}
+    labelled: dict[tuple[int, Any, Any], int] = {}
+    for place in range(size_of(dataset)):
+        held = _listed_at(dataset, place)
+        if held is None:
+            continue
+        listed, index = held
+        file = (id(listed), listed.shown(index))
+        # An item that a data set hands on twice is still one label.
+        if files.setdefault(file, index) != index and (of_label or not given):
+            use = "" if given else ", and labels='given'"
+            raise UsageError(
+                f"{one_line(listed.ids[index])}: images have several labels; use "
+                f"target='multilabel' for a network with a logit for each label{use}, or name each "
+                "image once."
+            )
+        if labelled.setdefault((*file, listed.targets[index]), index) != index:
             raise DataError(
-                f"{one_line(dataset.ids[index])}: two labels of the image are one class; name each "
+                f"{one_line(listed.ids[index])}: two labels of the image are one class; name each "
                 "class of an image once."
             )
-        seen.add(own)
 
 
 def _holds_several(dataset: Dataset[Any]) -> bool:
@@ -144,6 +146,19 @@ def _holds_several(dataset: Dataset[Any]) -> bool:
         return inside is not None and dataset.groups is not None
     inner = inner_of(dataset) if is_known(dataset) else []
     return isinstance(dataset, OnePerLabel) or any(map(_holds_several, inner))
+
+
+def _listed_at(dataset: Dataset[Any], index: int) -> tuple[ListedImages, int] | None:
+    """The list, in parts or joined, that names an item's file, and the index there; None without.
+
+    None of `one_per_label` either.
+    """
+    here: tuple[Dataset[Any], int] | None = (dataset, index)
+    while here is not None and not isinstance(here[0], OnePerLabel):
+        if isinstance(here[0], ListedImages):
+            return (here[0], here[1]) if isinstance(here[0].shown(here[1]), str) else None
+        here = step_into(*here)
+    return None
 
 
 def _image_of(dataset: Dataset[Any], index: int) -> tuple[int, int | str] | None:

@@ -7,7 +7,7 @@ import os
 import sys
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from unbraid.base.errors import ModelError, UsageError, brief, nearest
+from unbraid.base.modes import drawing_alike
 from unbraid.networks.checkpoints import load_weights
 from unbraid.networks.class_names import Names, output_names
 from unbraid.networks.outputs import count_outputs
@@ -65,7 +66,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
 
     `spec` is `torchvision:NAME`, `timm:NAME`, or `FILE.py:FUNCTION`, a function that returns the
     network, alone or with its preprocessing and names of its outputs. `weights` are a file, a
-    torchvision name or "random", by default the best that there are.
+    torchvision name or "random", the same each time; by default the best that there are.
     """
     kind, _, name = spec.partition(":")
     note = ""
@@ -145,7 +146,7 @@ def _torchvision(name: str, weights: str | None) -> tuple[nn.Module, Transform, 
     if weights == RANDOM:
         # The weights of a segmenter's or detector's own backbone would be downloaded.
         backbone = {} if classifies else {"weights_backbone": None}
-        with _in_single():
+        with _in_single(), drawing_alike():  # or a run with them could never go on
             model = models.get_model(name, weights=None, **backbone)
         return model, imagenet_transform(), []
     choices = models.get_model_weights(name)
@@ -176,9 +177,11 @@ def load_timm(
         raise UsageError(f"timm has no model {name!r}.{nearest(name, timm.list_models())}")
     if weights not in (None, RANDOM):
         raise UsageError(f"There is no weights file {weights}; timm's own tag goes into the name.")
-    model = _download(
-        lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
-    )
+    # Random weights are the same each time, or a run with them could never go on.
+    with nullcontext() if weights is None else drawing_alike():
+        model = _download(
+            lambda: timm.create_model(name, pretrained=weights is None), f"timm:{name}", hint
+        )
     with _in_single():
         config = timm.data.resolve_model_data_config(model)
         transform = timm.data.create_transform(**config, is_training=False)

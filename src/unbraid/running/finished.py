@@ -25,7 +25,7 @@ from unbraid.measuring.results import Evaluation, read_ablation, read_output, re
 from unbraid.reporting.figures import density_figure, source_figure, teaser_figure
 from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
-from unbraid.running.folders import as_labelled, validation_images
+from unbraid.running.folders import as_labelled, those_scanned, validation_images
 from unbraid.running.sample import choose_for_positions, concerned_in, draw_sample
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
@@ -203,15 +203,16 @@ class Run:
 
     @cached_property
     def images(self) -> Dataset[Any]:
-        """Validation images to look at, labelled as they were scanned."""
+        """Validation images to look at, labelled as scanned; UsageError of other images."""
         opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
-        return as_labelled(opened, self.val_scan)
+        return as_labelled(those_scanned(opened, self.val_scan), self.val_scan)
 
     @cached_property
     def train_images(self) -> Dataset[Any]:
         """Training images to look at, likewise."""
         told = (self.settings.source, self.train_scan, self.settings.sight)
-        return as_labelled(validation_images(*told, part="train"), self.train_scan)
+        opened = validation_images(*told, part="train")
+        return as_labelled(those_scanned(opened, self.train_scan), self.train_scan)
 
     def is_finished(self, features: bool) -> bool:
         """Whether all results are there, those that may be asked for too."""

@@ -17,8 +17,10 @@ from unbraid.base.tables import count
 from unbraid.images.dataset import listed_labels, size_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES, sample_of
+from unbraid.images.several_labels import refuse_several
 from unbraid.running.folders import FIRST_LOOK, home_of
 from unbraid.running.several import LayerRuns, run_layers
+from unbraid.scanning.targets import LABEL, read_target
 
 LARGE = 20_000  # training images, from which on a run begins with a first look by itself
 
@@ -55,6 +57,9 @@ def run_in_turn(
         say(f"A first look is at no fewer than these {n}, so this is the full run.")
     large = size_of(train) >= LARGE and not _begun(home)
     if is_sample and (quick or (quick is None and large)):
+        for images in (train, val):  # what the run over all of them would refuse only later
+            named = read_target(options.get("target", LABEL)).name
+            refuse_several(images, options["labels"] == "given", named == LABEL)
         by_class = options["labels"] == "given"
         parts = {
             kind: Subset(images, sample_of(images, SIZES[kind], by_class=by_class))

@@ -25,7 +25,8 @@ from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
 from unbraid.finding.thresholds import Tau
-from unbraid.images.dataset import Relabelled
+from unbraid.images.dataset import Relabelled, lie_at, listed_labels, size_of
+from unbraid.images.identity import ids_of
 from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
@@ -34,7 +35,7 @@ from unbraid.images.own import refuse_own
 from unbraid.images.tar import is_url
 from unbraid.reporting.drawing import draw_by
 from unbraid.reporting.pictures import Sight
-from unbraid.scanning.as_scanned import as_scanned
+from unbraid.scanning.as_scanned import AsScanned, as_scanned
 from unbraid.scanning.manifest import hash_indices, read_manifest
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan_options import MAX_PLACES
@@ -334,6 +335,11 @@ def validation_images(
     they are gone.
     """
     if "demo" in source:
+        if source.keys() & {"data", "bands"}:
+            raise UsageError(
+                "The demo's images are included and are drawn as they are; leave out --data and "
+                "--bands."
+            )
         from unbraid.demo.network import load_images
 
         return load_images("test" if part == "val" else "train")
@@ -361,3 +367,43 @@ def validation_images(
     images = ListedImages(listing, sight, labels, scan.class_names)
     draw_by(images, source.get("bands"))
     return as_scanned(images, scan)
+
+
+def those_scanned(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
+    """Hand images on as they are; UsageError if they are seen to be others than were scanned.
+
+    Images with ids of their own are known by these. Others are known by their places, so no place
+    may be missing, and labels of now and then go one to one: classes may go by other numbers now.
+    """
+    listed = images.dataset if isinstance(images, AsScanned) else images
+    if not _go_by_place(images, listed, scan):
+        return images
+    instead = "name those that were, by --data"
+    there = images.now if isinstance(images, AsScanned) else range(size_of(listed))
+    if any(index not in there for own in scan.columns("index") for index in own.tolist()):
+        raise UsageError(
+            f"There are {size_of(listed):,} images, fewer images than were scanned; {instead}."
+        )
+    labels = listed_labels(images)
+    if labels is None or scan.manifest.labels != "given":
+        return images
+    pairs = {
+        (then, labels[index])
+        for own in scan.tensors("index", "label")
+        for index, then in zip(own["index"].tolist(), own["label"].tolist(), strict=True)
+    }
+    if any(len({pair[k] for pair in pairs}) < len(pairs) for k in (0, 1)):
+        raise UsageError(
+            f"The images are not those that were scanned (their labels differ); {instead}."
+        )
+    return images
+
+
+def _go_by_place(images: Dataset[Any], listed: Dataset[Any], scan: Scan) -> bool:
+    """Whether nothing but its place says which of a scan's images one of now is."""
+    inside = listed.shown(0) if isinstance(listed, ListedImages) else None
+    known = ids_of(inside[0] if isinstance(inside, tuple) else listed)
+    if known is None:
+        return True
+    first = next(scan.ids_by_shard(), None)  # all lie at their places, or none is known
+    return images is listed and (first is None or not lie_at(first, ids_of(listed) or ()))

@@ -155,11 +155,13 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     found = seen_in(measured, find(searched, **job.thresholds.of_find, progress=True))
     scans = (train_scan.manifest.scan_id, val_scan.manifest.scan_id)
     source = job.source | ({"command": job.command} if job.command else {})
+    home = folders.home_of(out)
     asked = (job.title, job.thresholds, source, job.encoder, job.labels)
     named = read_target(job.target).name
     # A report that is written again knows no preprocessing.
     about = (sight_of(job.val), scans, job.everything, named, job.places)
     settings = Settings(*asked, *about)
+    before = {path: folders.read_settings(path) for path in (out, *folders.results_in(home))}
     # Only now is it sure that the folder is this network's and these images'.
     folder = folders.take_folder(out, settings, found)
     if folder != out:
@@ -169,7 +171,9 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     made.images = as_labelled(job.val, val_scan)
     made.broken = broken_names(job, train_scan, val_scan)
     if job.keep and made.is_finished(job.features):
-        if source.get("bands"):  # by which its page may not be drawn yet
+        known = before.get(folder)
+        drawn = (source.get("bands"), known and known.source.get("bands"))
+        if any(drawn):  # its page may be drawn by others, as a run may stop before it is
             made.report()
         return made
     _make(job, made, encoder)

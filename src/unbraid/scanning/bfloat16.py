@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from unbraid.base.modes import in_plain_modes
+from unbraid.base.modes import drawing_alike, in_plain_modes
 from unbraid.images.broken import Readable, sort_out
-from unbraid.images.dataset import drawing_alike, size_of, spaced
+from unbraid.images.dataset import size_of, spaced
 from unbraid.networks.copying import unwrap
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.relevance import undisturbed
