@@ -6,6 +6,7 @@ is computed as ever, and beside it, part by part, what the concept channels chan
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
