@@ -302,12 +302,6 @@ class Findings(Tabular, Exported):
             entries = vars(build(_About, about, null_figures=True))
             own = {name: entries[name] for name in cls.__dataclass_fields__ if name != "clusters"}
             _check_numbers(entries)
-            for channel, concepts in own["concepts"].items():
-                numbers = [number for concept in concepts for number in concept]
-                if len(concepts) < 2 or not all(concepts) or len(set(numbers)) < len(numbers):
-                    raise ValueError(
-                        f"the concepts of channel {channel} are not two or more groups"
-                    )
             return cls(**own, clusters=unpack(entries["clusters"], tensors))
         except (KeyError, ValueError) as error:
             raise unread(error, f"{path} holds no findings that can be read ({error}).") from None
@@ -414,7 +408,10 @@ def _check_numbers(entries: Mapping[str, Any]) -> None:
         for index in chain.from_iterable(candidate.images):
             in_range("an image", index, 0, 2**62)
     for channel, own in concepts.items():
-        for number in chain.from_iterable(own):
+        numbers = list(chain.from_iterable(own))
+        if len(own) < 2 or not all(own) or len(set(numbers)) < len(numbers):
+            raise ValueError(f"the concepts of channel {channel} are not two or more groups")
+        for number in numbers:
             if number in clusters and clusters[number].channel != channel:
                 raise ValueError(f"channel {channel} has cluster {number} of another channel")
 

@@ -78,22 +78,26 @@ class SplitAttention(nn.Module):
         return _beside(output, plain[0], changed[0]), weights
 
 
-class SplitEncoderLayer(nn.Module):
-    """nn.TransformerEncoderLayer with split layers inside, which torch would not run fused."""
+class _InPlaceOf(nn.Module):
+    """Stands for a module that torch runs fused, with the same parts under the same names."""
 
-    def __init__(self, original: nn.TransformerEncoderLayer) -> None:  # noqa: D107
+    def __init__(self, original: nn.Module) -> None:
         super().__init__()
         self._modules = original._modules  # under the same names
-        self.original = (original,)  # in a tuple, as it has the same parts
+        self.original: tuple[Any] = (original,)  # in a tuple, as it has the same parts
 
     def __getattr__(self, name: str) -> Any:
-        """Give what the surrounding code may ask of the layer."""
+        """Give what the surrounding code may ask of the original."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             if name == "original" or name.startswith("__"):
                 raise
             return getattr(self.original[0], name)
+
+
+class SplitEncoderLayer(_InPlaceOf):
+    """nn.TransformerEncoderLayer with split layers inside, which torch would not run fused."""
 
     def forward(self, src: Tensor, *args: Any, **named: Any) -> Tensor:
         """Compute the original's output, by way of the concept channels."""
@@ -109,27 +113,13 @@ class SplitEncoderLayer(nn.Module):
         return _beside(output, unsplit(src, *args, **named), changed)
 
 
-class SplitEncoder(nn.Module):
+class SplitEncoder(_InPlaceOf):
     """nn.TransformerEncoder with split layers inside, which take no tensors without padding.
 
     torch leaves padding out where it can, and then gives zeros there; so the original does.
     """
 
     gradients_aside = False  # unless the network is opened
-
-    def __init__(self, original: nn.TransformerEncoder) -> None:  # noqa: D107
-        super().__init__()
-        self._modules = original._modules  # under the same names
-        self.original = (original,)  # in a tuple, as it has the same parts
-
-    def __getattr__(self, name: str) -> Any:
-        """Give what the surrounding code may ask of the encoder."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "original" or name.startswith("__"):
-                raise
-            return getattr(self.original[0], name)
 
     def forward(
         self,
