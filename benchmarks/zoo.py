@@ -1,7 +1,7 @@
 """Split layers of every family of networks that timm and torchvision can build.
 
     python benchmarks/zoo.py --cache zoo.jsonl --out docs/zoo.md
-    python benchmarks/zoo.py --kinds docs/benchmarks.md
+    python benchmarks/zoo.py --kinds docs/benchmarks-kinds.md
 
 Of each family the smallest network, with random weights and random norm statistics, on the smallest
 images that it takes. Of each network the last and a middle layer that can be split: scan, three

@@ -20,6 +20,13 @@ from unbraid.demo.network import CLASSES, LAYER, DemoNet, load_images, load_netw
 STAND_INS = {"layer4.2.conv3": LAYER, "1660": "0"}
 TAKEN = {
     "README.md": "model train_set val_set images",
+    "api.md": "unbraid scan",
+    "api-scanning.md": "unbraid model train_set val_set",
+    "api-finding.md": "unbraid scan",
+    "api-splitting.md": "unbraid torch model val_set scan found",
+    "api-measuring.md": "unbraid model model2 split val_set val_scan",
+    "api-looking.md": "unbraid model model2 split scan train_set images",
+    "api-reporting.md": "unbraid scan found split val_scan train_set graph features",
     "data.md": "preprocess",
     "explain.md": "unbraid torch model2 val_set",
     "figures.md": "unbraid split val_scan val_set features",
@@ -56,17 +63,20 @@ def known(tmp_path_factory):
     folder = tmp_path_factory.mktemp("known")
     model, train, test = load_network(), load_images("train"), load_images("test")
     scan = unbraid.scan(model, LAYER, train, folder / "train", batch_size=250)
-    split = unbraid.split(scan, unbraid.find(scan))
+    found = unbraid.find(scan)
+    split = unbraid.split(scan, found)
     model2 = unbraid.apply(model, split)
     images = torch.stack([train[n][0] for n in range(8)])
     network = Scores().eval()
     network.load_state_dict(model.state_dict())
     return {
         **{"unbraid": unbraid, "torch": torch, "model": model, "model2": model2},
-        **{"train_set": train, "val_set": test, "scan": scan, "split": split},
+        **{"train_set": train, "val_set": test},
+        **{"scan": scan, "found": found, "split": split},
         **{"images": images, "labels": torch.tensor(train.targets[:8])},
         **{"layer": LAYER, "channel": 0, "concept": 1, "values": torch.zeros(8)},
         "val_scan": unbraid.scan(model, LAYER, test, folder / "val", batch_size=250),
+        "graph": unbraid.circuit_graph([unbraid.circuit(split, scan, 0, 1)], [(split, scan)]),
         "features": unbraid.visualize(model2, LAYER, train, [0], steps=8),
         "network": network,
         "preprocess": lambda picture: torch.tensor(picture.size),

@@ -9,7 +9,7 @@ import pytest
 import unbraid
 from documents import ROOT, blocks
 
-PAGE = (ROOT / "docs/api.md").read_text()
+PAGES = [page.read_text() for page in sorted((ROOT / "docs").glob("api*.md"))]
 GIVES_NOTHING = {"save_figure"}  # writes a file
 CANNOT_FAIL = {"keep_memory"}
 # Results that functions give, and an error that any may raise; examples use what they hold.
@@ -38,8 +38,11 @@ def missing(name, thing):
 def test_a_public_name_is_explained_and_used(name):
     thing = getattr(unbraid, name)
     assert missing(name, thing) == []
-    code = "".join(block["code"] for block in blocks(PAGE))
-    assert f"unbraid.{name}" in code or (name in GIVEN and f"::: unbraid.{name}\n" in PAGE)
+    entry = f"::: unbraid.{name}\n"
+    (page,) = [page for page in PAGES if entry in page]  # on one page
+    code = "".join(block["code"] for block in blocks(page))
+    assert f"unbraid.{name}" in code or name in GIVEN
+    assert f"[`{name}`](" in (ROOT / "docs/api.md").read_text()
 
 
 def test_what_a_docstring_leaves_out_is_told():

@@ -49,13 +49,3 @@ def test_an_option_in_the_text_stays_whole():
     assert html == '<p><code>unbraid run <span class="whole">--layer</span> all</code></p>'
     block = "<pre><span></span><code>unbraid run --layer all</code></pre>"
     assert shown(block) == block
-
-
-def test_lists_of_the_fifth_level_are_folded():
-    html = shown('<h4 id="a">a</h4><h5 id="b">b</h5><p>1</p><h5 id="c">c</h5>2<h2 id="d">d</h2>')
-    fold = "<details><summary>{}</summary>{}</details>"
-    first, second = (
-        fold.format('<h5 id="b">b</h5>', "<p>1</p>"),
-        fold.format('<h5 id="c">c</h5>', "2"),
-    )
-    assert html == f'<h4 id="a">a</h4>{first}{second}<h2 id="d">d</h2>'

@@ -9,7 +9,7 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 _OUTSIDE = re.compile(r"(?<=\]\()\.\./(?P<path>[\w./-]+)")
-_NAMED = re.compile(r"(?<![\w/])(<code>)?docs/(?P<name>\w+\.md)(?(1)</code>)")
+_NAMED = re.compile(r"(?<![\w/])(<code>)?docs/(?P<name>[\w-]+\.md)(?(1)</code>)")
 _BLOCK = re.compile(r"(<pre>.*?</pre>)", re.DOTALL)
 FOLDER = "source"  # of the site, where they lie
 

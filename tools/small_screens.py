@@ -1,7 +1,7 @@
 """For MkDocs: pictures, tables and commands that can be read where they do not fit.
 
 A picture leads to itself, so that a tap enlarges it. Where a line breaks, options and names
-stay whole. What stands below a heading of the fifth level, one of many alike, is folded.
+stay whole.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ _FIRST_CELL = re.compile(r"<tr>\s*<td[^>]*>(.*?)</td>", re.DOTALL)
 _CODE = re.compile(r"(?<!<span></span>)<code>(?P<text>[^<]*)</code>")
 _AFTER = re.compile(r"([/_.,=:])(?=\w)")  # where long code may break
 _OPTION = re.compile(r"(?<!\S)--?\w[\w-]*")
-_LISTED = re.compile(r"(?P<head><h5 .*?</h5>)(?P<body>.*?)(?=<h[1-5][ >]|\Z)", re.DOTALL)
 _SHELL = re.compile(r'(?<=<div class="language-sh highlight">).*?(?=</div>)', re.DOTALL)
 _HYPHENED = re.compile(r"(?<=[>\s])-?(?:-|\w[\w./]*-)[\w./-]{1,20}(?=[<\s])")
 _GOES_ON = re.compile(r'(?:<span class="w"> +</span>| +)<span class="se">\\</span>(?=\n)')
@@ -31,7 +30,6 @@ def on_page_content(html: str, **_about: Any) -> str:
     html = _PICTURE.sub(r'<a class="picture" href="\g<at>">\g<0></a>', html)
     html = _TABLE.sub(lambda found: _table(found[0]), html)
     html = _CODE.sub(_options, html)
-    html = _LISTED.sub(r"<details><summary>\g<head></summary>\g<body></details>", html)
     return _SHELL.sub(lambda found: _shell(found[0]), html)
 
 

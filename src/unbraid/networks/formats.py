@@ -14,7 +14,8 @@ def faster_channels_last(model: nn.Module) -> bool:
     """Whether a network is known to run faster channels last: by its kind, not by a stopwatch.
 
     True for float32 2-D convolutions other than the patches of a transformer, on processors, by
-    oneDNN. Elsewhere it was not measured, or brings nothing ("Formats" in docs/benchmarks.md).
+    oneDNN. Elsewhere it was not measured, or brings nothing ("Formats of kinds of networks"
+    in docs/benchmarks-scan.md).
     """
     return torch.backends.mkldnn.is_available() and any(
         isinstance(module, nn.Conv2d)
