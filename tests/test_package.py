@@ -1,5 +1,6 @@
 """What is published: the checker of wheel and sdist can fail, and versions agree."""
 
+import sys
 import tomllib
 
 import pytest
@@ -14,7 +15,8 @@ from check_package import (
     own_files,
     version_of,
 )
-from ranges import lowest_versions
+from first_steps import Step, take
+from ranges import asked_of_pip, lowest_versions
 
 VERSION = version_of()
 ABOUT = f"unbraid-{VERSION}.dist-info"
@@ -126,3 +128,29 @@ def test_every_range_of_users_has_a_beginning():
     assert "pytest" not in lowest
     with pytest.raises(AssertionError):
         lowest_versions({"dependencies": ["torch"]})
+
+
+def test_the_wheel_is_installed_with_what_users_may_ask_for_and_tests_need():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    first, *more = asked_of_pip(project, ROOT / "x.whl")
+    assert first.startswith(f"{ROOT}/x.whl[")
+    assert "timm" in first
+    assert "docs" not in first
+    assert any(one.startswith("pytest") for one in more)
+    assert not any(one.startswith(("ruff", "unbraid")) for one in more)
+
+
+@pytest.mark.parametrize(
+    ("code", "says", "exit_code", "right"),
+    [
+        ("print('yes')", "^yes", 0, True),
+        ("print('no')", "^yes", 0, False),
+        ("print('yes');exit(1)", "^yes", 0, False),
+        ("print('yes');exit(1)", "^yes", 1, True),
+        ("print('yes');1/0", "yes", 1, False),  # a traceback
+    ],
+)
+def test_a_step_that_ends_or_speaks_otherwise_is_told(code, says, exit_code, right, tmp_path):
+    (tmp_path / "step.py").write_text(code)
+    wrong = take(Step(f"{sys.executable} step.py", says, exit_code), tmp_path)
+    assert (wrong == "") == right

@@ -1,11 +1,12 @@
-"""Run tests with the lowest, or the newest, versions of what unbraid depends on.
+"""Try unbraid with the lowest, or the newest, versions of what it depends on.
 
     python tools/ranges.py lowest DIR tests/scanning tests/surgery
     python tools/ranges.py newest DIR
 
-DIR gets a virtual environment (with torch 3 to 6 GB); one that is there is used as it is. Lowest
-are the versions at which the ranges of pyproject.toml begin, of what unbraid needs and of its
-extras, but for those of tests and of the docs. What stands behind DIR goes to pytest.
+pip installs a wheel of this source into a virtual environment in DIR (with torch 3 to 6 GB); one
+that is there only gets a new wheel. Lowest are the versions at which the ranges of pyproject.toml
+begin, of what unbraid needs and of its extras, but for those of tests and of the docs. There a new
+user's steps (first_steps.py) are taken, and tests run. What stands behind DIR goes to pytest.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import sys
 import tomllib
 import venv
 from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import first_steps
 
 ROOT = Path(__file__).resolve().parents[1]
 TOOLS = {"test", "docs", "benchmarks"}  # extras whose versions are no matter of users
@@ -38,12 +42,12 @@ def lowest_versions(project: dict[str, object]) -> dict[str, str]:
     return {one["name"]: one["lowest"] for one in found if one}
 
 
-def asked_of_pip(project: dict[str, object]) -> list[str]:
-    """What to install: unbraid with the extras of users, and what its tests run on."""
+def asked_of_pip(project: dict[str, object], wheel: Path) -> list[str]:
+    """What to install: a wheel of unbraid with the extras of users, and what its tests run on."""
     extras = project["optional-dependencies"]
     assert isinstance(extras, dict)
     own = ",".join(sorted(extras.keys() - TOOLS))
-    return [*("-e", f"{ROOT}[{own}]"), *(x for x in extras["test"] if not x.startswith(LEFT_OUT))]
+    return [f"{wheel}[{own}]", *(x for x in extras["test"] if not x.startswith(LEFT_OUT))]
 
 
 def installed(python: Path, names: list[str]) -> str:
@@ -54,23 +58,37 @@ def installed(python: Path, names: list[str]) -> str:
     return done.stdout.strip()
 
 
+def install(python: Path, project: dict[str, object], pins: dict[str, str]) -> None:
+    """Build a wheel of this source, and install it with these versions, if it is not yet there."""
+    folder = python.parents[1]
+    pip = [str(python), "-m", "pip"]
+    new = not python.exists()
+    if new:
+        venv.create(folder, with_pip=True)
+    with TemporaryDirectory() as built:
+        subprocess.run([*pip, "wheel", "--no-deps", "-w", built, str(ROOT)], check=True)
+        (wheel,) = Path(built).glob("unbraid-*.whl")
+        if new:
+            (folder / "pins.txt").write_text("".join(f"{n}=={one}\n" for n, one in pins.items()))
+            asked = [*asked_of_pip(project, wheel), "-c", str(folder / "pins.txt")]
+            subprocess.run([*pip, "install", *asked], check=True)
+        else:
+            again = ["install", "--no-deps", "--force-reinstall", str(wheel)]
+            subprocess.run([*pip, *again], check=True)
+
+
 def main(which: str, folder: Path, tests: list[str]) -> int:
-    """Make the environment unless it is there, run tests in it; pytest's exit code."""
+    """Make the environment, take a new user's steps in it, then run tests; 0 if all is well."""
     assert which in ("lowest", "newest"), which
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lowest = lowest_versions(project)
     python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        command = [str(python), "-m", "pip", "install", *asked_of_pip(project)]
-        if which == "lowest":
-            pins = folder / "lowest.txt"
-            pins.write_text("".join(f"{name}=={one}\n" for name, one in lowest.items()))
-            command += ["-c", str(pins)]
-        subprocess.run(command, check=True)
-    print(installed(python, list(lowest)))
+    install(python, project, lowest if which == "lowest" else {})
+    print(installed(python, list(lowest)), flush=True)
+    with TemporaryDirectory() as steps:
+        n_wrong = first_steps.main(python.parent, Path(steps))
     command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *(tests or ["tests"])]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
+    return subprocess.run(command, cwd=ROOT, check=False).returncode or int(n_wrong > 0)
 
 
 if __name__ == "__main__":

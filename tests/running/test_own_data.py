@@ -14,19 +14,12 @@ from unbraid.running.finished import Run
 CODE = """
 import torch
 from torch import nn
-from torch.utils.data import Dataset
+from tiny_networks import SyntheticImages
 
-class Bands(Dataset):
-    def __init__(self, shape, n):
-        known = torch.Generator().manual_seed(1)
-        patterns = torch.randn(3, *shape, generator=known)
-        seed = torch.Generator().manual_seed(n)
-        self.targets, self.classes = [k % 3 for k in range(n)], ['<b>"one"', "two\\n", "🐋"]
-        self.images = patterns[self.targets] + torch.randn(n, *shape, generator=seed) / 3
-    def __len__(self):
-        return len(self.targets)
-    def __getitem__(self, k):
-        return self.images[k], self.targets[k]
+def images(shape, n):
+    made = SyntheticImages(n, n_classes=3, size=shape, seed=n, dtype=torch.float32)
+    made.classes = ['<b>"one"', "two\\n", "🐋"]
+    return made
 
 class Mean(nn.Module):
     def forward(self, x):
@@ -42,13 +35,13 @@ def bands():
 def signals():
     return made(nn.Conv1d, 2)
 def some_bands():
-    return Bands((5, 9, 8), 30), Bands((5, 9, 8), 12)
+    return images((5, 9, 8), 30), images((5, 9, 8), 12)
 def some_signals():
-    return Bands((2, 64), 30), Bands((2, 64), 12)
+    return images((2, 64), 30), images((2, 64), 12)
 def fewer_bands():
-    return Bands((5, 9, 8), 30), Bands((5, 9, 8), 11)
+    return images((5, 9, 8), 30), images((5, 9, 8), 11)
 def fewer_signals():
-    return Bands((2, 64), 30), Bands((2, 64), 11)
+    return images((2, 64), 30), images((2, 64), 11)
 def other_bands():
     return others(some_bands())
 def other_signals():

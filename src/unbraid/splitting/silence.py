@@ -71,12 +71,6 @@ class Images:
         return Images(*(getattr(self, column.name)[chosen] for column in fields(self)))
 
 
-def join_images(parts: Sequence[Images]) -> Images:
-    """Put images together."""
-    names = [column.name for column in fields(Images)]
-    return Images(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
-
-
 @dataclass(frozen=True)
 class Near:
     """Errors of images near a mask, and how they change with it.
