@@ -4,7 +4,7 @@
     python benchmarks/growth.py find          # 2048 channels, 1000 classes of 20 images
     python benchmarks/growth.py split         # 580 channels, 1500 concepts
     python benchmarks/growth.py refit         # groups of images by hand, corrected
-    python benchmarks/growth.py imagenet DIR  # find, split, evaluate on 1.28 million records
+    python benchmarks/growth.py imagenet DIR  # all but scan on 1.28 million records
 
 Each measurement runs in a process of its own, which tells its seconds, wall and processor, and the
 most memory it held. Small scans are set beside plain inference, since tensors that no cache holds
@@ -296,6 +296,7 @@ def main() -> None:
                     write_shared(folder / part, labels, 3)
             print_step("find", folder / "train", 0.03, GAMMA)
             print_step("find, split", folder)
+            print_step("sensitivity", folder / "train")
             print_step("evaluate", folder)
 
 
