@@ -54,6 +54,7 @@ LOOKED_AT = {
     "pytest ": check_files,
     "unbraid explore ": check_options,
     "python benchmarks/": check_files,  # takes minutes to hours and gigabytes
+    "python tools/ranges.py ": check_files,  # downloads gigabytes
     "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
 }
 
