@@ -1,9 +1,11 @@
 """The docs site builds without a warning, holds every public name and command, and asks nobody."""
 
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -71,6 +73,16 @@ def test_no_page_fetches_anything_from_elsewhere(site):
 def test_what_is_fetched_from_elsewhere_would_be_told(text):
     assert _FETCHED.search(text)
     assert not _FETCHED.search('<a href="https://example/">x</a><img src="../images/a.png">')
+
+
+def test_a_page_that_a_docstring_names_is_led_to_if_it_is_there():
+    shown = runpy.run_path(str(ROOT / "tools/site_links.py"))["on_page_content"]
+    there = SimpleNamespace(url_relative_to=lambda _: "../a-b/")
+    files = SimpleNamespace(get_file_from_path={"a-b.md": there}.get)
+    html = shown(
+        "See <code>docs/a-b.md</code> or docs/c.md.", page=SimpleNamespace(file=None), files=files
+    )
+    assert html == 'See <a href="../a-b/">a-b.md</a> or docs/c.md.'
 
 
 def test_a_broken_link_would_be_told(tmp_path):
