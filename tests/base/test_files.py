@@ -7,10 +7,18 @@ import time
 from contextlib import suppress
 
 import pytest
+import torch
 
 from unbraid.base import files
 from unbraid.base.errors import RunError
-from unbraid.base.files import remove_leftovers, temporary_for, write_whole
+from unbraid.base.files import (
+    names_in,
+    read_tensors,
+    remove_leftovers,
+    temporary_for,
+    write_tensors,
+    write_whole,
+)
 
 
 def at_fsync(monkeypatch, act):
@@ -97,3 +105,45 @@ def test_write_whole_tells_a_folder_that_fails_when_synced(number, tmp_path, mon
     else:
         write_whole(tmp_path / "a", b"whole")
         assert (tmp_path / "a").read_bytes() == b"whole"
+
+
+def count_checksums(monkeypatch):
+    """Count how often checksums are computed."""
+    checksum, calls = files._checksum, []
+    monkeypatch.setattr(files, "_checksum", lambda tensor: calls.append(tensor) or checksum(tensor))
+    return calls
+
+
+def damage(path):
+    """Change the last byte in place, and keep the times that a writer can keep."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_read_tensors_compares_checksums_once_until_the_file_changes(tmp_path, monkeypatch):
+    path = tmp_path / "shard"
+    write_tensors(path, {"a": torch.zeros(3), "b": torch.zeros(2)}, {})
+    monkeypatch.setattr(files, "_SETTLED", -1.0)
+    calls = count_checksums(monkeypatch)
+    assert names_in(path) == {"a", "b"}
+    for names, n_compared in ((["a"], 1), (["a"], 1), (None, 2), (None, 2)):
+        read_tensors(path, names)
+        assert len(calls) == n_compared
+    time.sleep(0.05)  # clocks of file systems tick some hundred times a second
+    damage(path)
+    with pytest.raises(RunError, match="'b' is not what was written"):
+        read_tensors(path)
+    write_tensors(path, {"c": torch.zeros(3)}, {})
+    assert names_in(path) == read_tensors(path)[0].keys() == {"c"}
+
+
+def test_read_tensors_of_a_file_that_is_still_new_compares_each_time(tmp_path):
+    path = tmp_path / "shard"
+    write_tensors(path, {"a": torch.zeros(3)}, {})
+    read_tensors(path)
+    damage(path)  # perhaps within a tick of the file system's clock
+    with pytest.raises(RunError, match="not what was written"):
+        read_tensors(path)

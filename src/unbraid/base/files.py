@@ -13,6 +13,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,6 +33,20 @@ _CHECKSUMS = "crc32"
 _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "-"
 _OURS = re.compile(r".+\.(?P<host>[\w-]+)\.\d+\.[0-9a-f]{8}\.tmp")
 _LONG = 3600.0  # seconds; no file of ours takes so long to write
+_SETTLED = 2.0  # seconds, after which another write gives a file another time on any file system
+_MOST_KNOWN = 2**14  # files, of about a KiB each
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What this process has seen in a file, which holds while the system says it is the same."""
+
+    stamp: tuple[int, ...]
+    names: frozenset[str]  # of its tensors
+    sound: set[str]  # of those that are what their checksums say
+
+
+_known: dict[Path, _Known] = {}  # steps read a scan several times, and most of that was checksums
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -45,20 +60,50 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any])
 def read_tensors(
     path: Path, names: Sequence[str] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a safetensors file, or some, and its JSON; raises RunError."""
+    """Read the tensors of a safetensors file, or some, and its JSON; raises RunError.
+
+    Checksums are compared once, as long as the file stays what it was.
+    """
+    stamp = _stamp(path)  # before it is read, so that a change meanwhile is another stamp's
     with _opened(path) as (file, about):
+        sound = _know(path, stamp, file).sound
         tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
         checksums = about.get(_CHECKSUMS)  # older files have none
-        for name, tensor in tensors.items():
-            if checksums is not None and checksums[name] != _checksum(tensor):
+        for name in tensors.keys() - sound if checksums is not None else ():
+            if checksums[name] != _checksum(tensors[name]):
                 raise ValueError(f"{name!r} is not what was written")
+            sound.add(name)
         return tensors, about
 
 
-def names_in(path: Path) -> set[str]:
+def names_in(path: Path) -> frozenset[str]:
     """Name the tensors of a safetensors file; raises as `read_tensors` does."""
+    stamp = _stamp(path)
+    if stamp and path in _known and _known[path].stamp == stamp:
+        return _known[path].names
     with _opened(path) as (file, _):
-        return set(file.keys())
+        return _know(path, stamp, file).names
+
+
+def _stamp(path: Path) -> tuple[int, ...]:
+    """What another content of a file would change; nothing where that cannot be told."""
+    try:
+        own = path.stat()
+    except OSError:
+        return ()
+    if time.time() - max(own.st_mtime, own.st_ctime) < _SETTLED:
+        return ()
+    return own.st_dev, own.st_ino, own.st_size, own.st_mtime_ns, own.st_ctime_ns
+
+
+def _know(path: Path, stamp: tuple[int, ...], file: Any) -> _Known:
+    """What is known of an open file, which is kept where its stamp tells it from others."""
+    known = _known.get(path)
+    if known is None or not stamp or known.stamp != stamp:
+        known = _Known(stamp, frozenset(map(sys.intern, file.keys())), set())
+        if stamp and (path in _known or len(_known) < _MOST_KNOWN):
+            _known[path] = known
+    return known
 
 
 def _checksum(tensor: Tensor) -> int:

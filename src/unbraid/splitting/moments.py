@@ -17,7 +17,7 @@ from unbraid.scanning.records import Scan
 
 _CONSTANT = 1e-12  # part of a column's rms: a smaller spread is rounding
 _LEAST_IMAGES = 3  # below which correlations say nothing
-_AT_ONCE = 256  # images whose products float32 adds up, before float64 does
+_AT_ONCE = 1024  # images whose products float32 adds up, before float64 does
 _LARGE = 1e36  # variance that float32 holds
 _BLOCKS, _LEAST_BLOCK = 4, 64  # of inputs, of which products of later ones with earlier are spared
 
@@ -65,43 +65,55 @@ def moment(inputs: Tensor, shrink: bool = True) -> Moment:
     """
     n, n_inputs = inputs.shape
     mean = inputs.mean(0, dtype=torch.float64)
+    if n > n_inputs:
+        return _squared(inputs, mean, shrink)
     deviations = inputs - mean  # float64
     variance = deviations.square().mean(0)
-    if n > n_inputs:
-        return _squared(deviations, mean, variance, inputs.dtype, shrink)
     alpha = _shrinkage(deviations[:, :-1]) if shrink else 0.0
     rows = torch.cat([deviations * ((1 - alpha) / n) ** 0.5, mean[None]])
     return Moment(rows, alpha * variance, None, mean, n, alpha)
 
 
-def _squared(
-    deviations: Tensor, mean: Tensor, variance: Tensor, dtype: torch.dtype, shrink: bool
-) -> Moment:
-    """The same of more images than inputs, from their deviations from the mean, (n, J + 1).
+def _squared(inputs: Tensor, mean: Tensor, shrink: bool) -> Moment:
+    """The same of more images than inputs, (n, J + 1), with their mean, (J + 1,) float64.
 
-    Float32 is exact enough where the inputs are no more exact: deviations are of length one, their
-    products of some images at a time are added up in float64.
+    Float32 is exact enough where the inputs are no more exact: a difference from the rounded mean
+    is rounded once, differences are at most one long, and float64 adds up the products of some
+    images at a time.
     """
-    n, spread = len(deviations), variance.sqrt()
-    varies = _varies(spread[:-1])
-    scale = torch.cat([torch.where(varies, spread[:-1], 0), spread[-1:]])
-    u = deviations.div_(torch.where(scale > 0, scale, torch.inf)).to(dtype)
+    n, near = len(inputs), mean.to(inputs.dtype)
+    u = inputs - near
+    most = torch.maximum(u.amax(0), -u.amin(0))
+    if not most.isfinite().all():  # two numbers at either end of float32
+        return _squared(inputs.double(), mean, shrink)
+    varies = _varies(most[:-1])
+    counted = torch.cat([torch.where(varies, most[:-1], 0), most[-1:]])
+    u.div_(torch.where(counted > 0, counted, torch.inf))
+    scale = counted.double()
     products = torch.zeros(len(mean), len(mean), dtype=torch.float64)
-    for some in u.split(_AT_ONCE):
+    for some in u.chunk(-(-n // _AT_ONCE)):
         products += products_of(some, some)
-    alpha = 0.0
-    if shrink:
-        squares = u[:, :-1].square()
-        alpha = _alpha(
-            n,
-            correlations=float((products[:-1, :-1] / n).square().sum()) - int(varies.sum()),
-            products=float(squares.sum(1, dtype=torch.float64).square().sum())
-            - float(squares.square().sum(dtype=torch.float64)),
-        )
-    products *= scale[:, None] * ((1 - alpha) / n)
+    rest = torch.where(scale > 0, (mean - near) / scale, 0)
+    products.addr_(rest, rest, alpha=-n)
+    alpha = _alpha_of(u[:, :-1], products[:-1, :-1]) if shrink else 0.0
+    products *= scale[:, None] / n
     products *= scale
-    kept = products.to(dtype) if variance.amax() < _LARGE else products
+    variance = products.diagonal().clone()
+    products *= 1 - alpha
+    kept = products.to(inputs.dtype) if variance.amax() < _LARGE else products
     return Moment(mean[None], alpha * variance, kept, mean, n, alpha)
+
+
+def _alpha_of(u: Tensor, products: Tensor) -> float:
+    """Alpha of scaled deviations (n, J), zero of what does not vary, and their products (J, J)."""
+    n, power = len(u), products.diagonal()
+    inverse = torch.where(power > 0, 1 / power, 0)
+    squares = u.square().mul_((n * inverse).to(u))  # of standardised deviations
+    return _alpha(
+        n,
+        correlations=float(inverse @ products.square() @ inverse) - int((power > 0).sum()),
+        products=float(squares.sum(1).double().square().sum()) - float(squares.norm()) ** 2,
+    )
 
 
 def products_of(rows: Tensor, others: Tensor) -> Tensor:
