@@ -2,7 +2,7 @@
 
     python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
-    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--no-split]
+    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--planted 24]
 
 `compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
 brought to responses of one strength, which nothing behind the layer sees; so the network stays as
@@ -317,14 +317,20 @@ def alone(
 
 
 def run_maps(
-    train: Scan, val: Scan, n_places: int, n_images: int | None, *, recover: bool = True
+    train: Scan,
+    val: Scan,
+    n_places: int,
+    n_images: int | None,
+    n_planted: int,
+    *,
+    recover: bool = True,
 ) -> None:
     """Do the same on the input maps of scans with positions."""
     own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
     own.weight.data = train.weight.view_as(own.weight)
     parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
     model = nn.Sequential(OrderedDict(parts)).eval()
-    pairs = plant(model, "layer", Maps(train, pasted=False))
+    pairs = plant(model, "layer", Maps(train, pasted=False), n_planted)
     model.layer, pairs = alone(model.layer, pairs)  # type: ignore[arg-type]
     for kind in ("whole", "pasted"):
         with tempfile.TemporaryDirectory() as out:
@@ -375,6 +381,7 @@ def main() -> None:
     parser.add_argument("--layer", default=LAYERS[0])
     parser.add_argument("--images", type=int)
     parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--planted", type=int, default=N_PLANTED, help="channels, for maps")
     parser.add_argument("--no-split", action="store_true", help="only find, which is fast")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="for scans, which are taken up again")
@@ -384,7 +391,8 @@ def main() -> None:
         return
     if asked.what == "maps":
         scans = (unbraid.open_scan(asked.train), unbraid.open_scan(asked.val))
-        run_maps(*scans, asked.places, asked.images, recover=not asked.no_split)
+        told = asked.places, asked.images, asked.planted
+        run_maps(*scans, *told, recover=not asked.no_split)
         return
     with tempfile.TemporaryDirectory() as scratch:
         run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)
