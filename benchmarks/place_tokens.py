@@ -66,7 +66,7 @@ def trained(steps: int, weights: Path | None) -> nn.Module:
         model.load_state_dict(torch.load(weights, weights_only=True))
         return model.eval()
     pictures, labels = read_split(FOLDER, "train")
-    images, known = normalise(pictures), torch.from_numpy(labels).long()
+    images, known = normalise(pictures), torch.tensor(labels.tolist())
     optimiser = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, steps)
     for step in range(steps):
@@ -115,10 +115,9 @@ def main() -> None:
                 options = {"labels": "predicted", "places": asked.places, "batch_size": 250}
                 scans.append(unbraid.scan(model, list(pairs), images, where, **options))
             for name, own in pairs.items():
-                for way, what, figure in compare(
-                    scans[0][name], scans[1][name], own, recover=not asked.no_split
-                ):
-                    print_row(kind, name, way, what, figure)
+                both = scans[0][name], scans[1][name]
+                for row in compare(*both, own, recover=not asked.no_split):
+                    print_row(kind, name, *row)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python benchmarks/places.py cost [--images 512] [--places 1000] [--layer _conv_head]
     python benchmarks/places.py compare --data DIR [--layers _conv_head ...] [--out DIR]
-    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--no-split]
+    python benchmarks/places.py maps --train SCAN --val SCAN [--places 1000] [--planted 24]
 
 `compare` adds channels to layers of EfficientNet-Lite0, each the sum of two of the layer's own,
 brought to responses of one strength, which nothing behind the layer sees; so the network stays as
@@ -20,9 +20,8 @@ import math
 import random
 import tempfile
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from itertools import permutations
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -35,23 +34,28 @@ from torchvision.transforms import v2
 
 import unbraid
 from lite0 import load_lite0
+from planted_parts import (
+    AGREEMENT,
+    agreement,
+    average,
+    inputs_of,
+    known_groups,
+    own_part,
+    parts_of,
+    recovery,
+)
 from synthetic import RandomImages
 from timing import in_turn, median, print_head, print_row, ratios, spread
 from unbraid.finding import clusters
 from unbraid.finding.arv import averaged_relevance
-from unbraid.finding.clusters import adjusted_rand_index, find_clusters, mean_pooled
+from unbraid.finding.clusters import find_clusters, mean_pooled
 from unbraid.finding.findings import Findings
 from unbraid.images.open import open_images
 from unbraid.scanning.records import Scan
+from unbraid.splitting.splits import Split
 
 LAYERS = ("_conv_head", "_blocks.8._expand_conv")
 N_PLANTED = 24
-# What `agreement` tells, of the channels found.
-AGREEMENT = (
-    "adjusted Rand, of the part that answers more",
-    "adjusted Rand, of the part more above its usual",
-    "parts told by concepts, 0 to 1",
-)
 N_SEEN = 64  # images that tell how strong channels respond
 PLACES = 1000
 SIZE = 224
@@ -175,61 +179,6 @@ def search(scan: Scan, channels: Sequence[int]) -> Findings:
         return unbraid.find(scan, concepts="clusters")
 
 
-def inputs_of(scan: Scan, *, even: bool) -> Tensor:
-    """Pooled inputs of all images (N, J), or of the places drawn evenly."""
-    parts = [r.pooled[r.drawn > 0] if even else r.pooled for r in scan.light_shards()]  # type: ignore[operator]
-    return torch.cat(parts)[:, 0].double()
-
-
-def agreement(
-    scan: Scan, found: Findings, truth: dict[int, Tensor]
-) -> dict[int, tuple[float, ...]]:
-    """How concepts divide the images or places of a channel's clusters, as its two parts do.
-
-    The part that answers more, or more above what is usual for it, by its standard deviation:
-    adjusted Rand index by each. Then in how many members that part is the one of most of their
-    concept, beside the part of most members of the channel: from 0, no better, to 1.
-    """
-    members, known = found.members_in(scan), {}
-    usual = inputs_of(scan, even=scan.manifest.places_of != "")
-    for o, concepts in found.concepts.items():
-        mine, theirs, above = [], [], []
-        spread = usual @ truth[o].T
-        for records in scan.light_shards():
-            concept = members.concept_of(records, concepts)
-            own = concept >= 0
-            parts = records.pooled[own, 0].double() @ truth[o].T
-            mine += concept[own].tolist()
-            theirs += parts.argmax(1).tolist()
-            above += ((parts - spread.mean(0)) / spread.std(0)).argmax(1).tolist()
-        known[o] = (
-            adjusted_rand_index(theirs, mine),
-            adjusted_rand_index(above, mine),
-            told_by(above, mine),
-        )
-    return known
-
-
-def told_by(parts: Sequence[int], concepts: Sequence[int]) -> float:
-    """How much better concepts tell parts than nothing does; NaN if all are of one part."""
-    n = len(parts)
-    blind = max(map(parts.count, set(parts)), default=0)
-    of_concept: dict[int, list[int]] = {}
-    for part, concept in zip(parts, concepts, strict=True):
-        of_concept.setdefault(concept, []).append(part)
-    told = sum(max(map(own.count, set(own))) for own in of_concept.values())
-    return (told - blind) / (n - blind) if n > blind else float("nan")
-
-
-def recovery(rows: Tensor, truth: Tensor, inputs: Tensor) -> float:
-    """Mean correlation of both parts with the concept channels that are most like them."""
-    answers = torch.cat([inputs @ truth.T, inputs @ rows.T], 1)
-    n = len(truth)
-    alike = torch.corrcoef(answers.T)[:n, n:].nan_to_num(0)
-    ways = permutations(range(len(rows)), n) if len(rows) >= n else [(0, 0)]
-    return max(fmean(float(alike[k, j]) for k, j in enumerate(way)) for way in ways)
-
-
 def false_splits(scan: Scan, channels: Sequence[int]) -> int:
     """In how many channels a normal cloud, of the mean and covariance of what is real, is found."""
     everywhere, n = mean_pooled(scan), 0
@@ -250,14 +199,6 @@ def n_clustered(scan: Scan, channels: Sequence[int]) -> int:
     return sum(len(find_clusters(top.relevance, origin)[0]) > 1 for top, origin in origins)
 
 
-def parts_of(weight: Tensor, channel: int, pair: tuple[int, int]) -> Tensor:
-    """The two rows (2, J) whose sum a planted channel is."""
-    rows = weight.double()
-    both = rows[list(pair)]
-    scale = torch.linalg.lstsq(both.T, rows[channel, :, None]).solution
-    return both * scale
-
-
 def compare(
     train: Scan, val: Scan, pairs: Sequence[tuple[int, int]], *, recover: bool = True
 ) -> Iterator[tuple[Any, ...]]:
@@ -267,39 +208,79 @@ def compare(
     """
     channels = range(train.layer.n_out - len(pairs), train.layer.n_out)
     truth = {o: parts_of(train.weight, o, pair) for o, pair in zip(channels, pairs, strict=True)}
-    judged = {
-        "images": inputs_of(val, even=False),
-        "places": inputs_of(val.places, even=True),
-    }
     ways = {"images": (train, val), "places": (train.places, val.places)}
-    split_by, scores = {}, {}
+    split_by: dict[str, Split] = {}
     for way, (own, held_out) in ways.items():
         found = search(own, channels)
         yield way, "found", f"{len(found.concepts)} of {len(pairs)}"
-        scores[way] = {}
         clustered = f"{n_clustered(own, channels)} of {len(pairs)}"
         yield way, "two clusters or more, alike or not", clustered
         yield way, "false: normal clouds found", f"{false_splits(own, channels)} of {len(pairs)}"
+        if recover:
+            split_by[f"{way}, parts known"] = unbraid.split(own, known_groups(own, truth))
         if not found.concepts:
             continue
         if recover:
             split_by[way] = unbraid.split(own, found)
-        scores[way] = agreement(held_out, found, truth)
+        scores = agreement(held_out, found, truth)
         n_concepts = fmean(map(len, found.concepts.values()))
         yield way, "concepts a channel", f"{n_concepts:.2f}"
-        for what, figures in zip(AGREEMENT, zip(*scores[way].values(), strict=True), strict=True):
+        for what, figures in zip(AGREEMENT, zip(*scores.values(), strict=True), strict=True):
             known = [figure for figure in figures if not math.isnan(figure)]
             yield way, what, f"{fmean(known):.3f}" if known else "none"
-    both = sorted(set.intersection(*(set(scores[way]) for way in ways)))
-    if not both or not recover:
-        return
-    for way, split in split_by.items():
-        for on, inputs in judged.items():
-            figures = [recovery(split[o].rows.double(), truth[o], inputs) for o in both]
-            yield way, f"recovery on {on}", f"{fmean(figures):.3f}"
-    for on, inputs in judged.items():
-        figures = [recovery(truth[o].sum(0)[None], truth[o], inputs) for o in both]
-        yield "unsplit", f"recovery on {on}", f"{fmean(figures):.3f}"
+    if recover:
+        yield from recovered(split_by, truth, train, val)
+
+
+def recovered(
+    split_by: Mapping[str, Split], truth: Mapping[int, Tensor], train: Scan, val: Scan
+) -> Iterator[tuple[Any, ...]]:
+    """What concept channels have of the parts, on held-out images and on held-out places.
+
+    Each way is judged by all channels it found, and by those that both found. Beside them stand
+    the whole channel, and the same masks with their inputs in another order.
+    """
+    judged = {
+        "images": (inputs_of(train), inputs_of(val)),
+        "places": (inputs_of(train.places), inputs_of(val.places)),
+    }
+    by_way = {way: {part.channel: part for part in own.channels} for way, own in split_by.items()}
+    both = set(by_way.get("images", ())) & set(by_way.get("places", ()))
+    for way, split in by_way.items():
+        some = {way: set(split)}
+        if way in ("images", "places") and both:
+            some[f"{way}, of channels both found"] = both
+        for name, channels in some.items():
+            order = torch.randperm(train.layer.n_taps, generator=torch.Generator().manual_seed(0))
+            rows = {o: split[o].rows.double() for o in channels}
+            mixed = {o: split[o].masks[:, order].double() * truth[o].sum(0)[None] for o in channels}
+            yield from judge(name, rows, truth, judged)
+            yield from judge(f"{name}, masks permuted", mixed, truth, judged)
+    whole = {o: parts.sum(0)[None] for o, parts in truth.items()}
+    yield from judge("whole channel", whole, truth, judged)
+    yield from judge("the parts themselves", truth, truth, judged)
+
+
+def judge(
+    way: str,
+    rows: Mapping[int, Tensor],
+    truth: Mapping[int, Tensor],
+    judged: Mapping[str, tuple[Tensor, Tensor]],
+) -> Iterator[tuple[Any, ...]]:
+    """Means over channels of what `own_part` and `recovery` tell of rows, on images and places."""
+    for on, (seen, held_out) in judged.items():
+        one = average(own_part(own, truth[o], seen, held_out) for o, own in rows.items())
+        alike = fmean(recovery(own, truth[o], held_out) for o, own in rows.items())
+        yield (
+            way,
+            f"{len(rows)} channels, on {on}",
+            f"AUROC own part against other {one.auroc:.3f}",
+            f"against all {one.among_all:.3f}",
+            f"leak {one.leak:.3f}",
+            f"error as a copy {one.copy:.3f}",
+            f"each part has one {one.both:.2f}",
+            f"correlation {alike:.3f}",
+        )
 
 
 def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | None) -> None:
@@ -319,8 +300,8 @@ def run_compare(data: Path, layers: Sequence[str], out: Path, n_images: int | No
             where = out / f"{kind}-{part}"
             scans[part] = unbraid.scan(model, list(pairs), images, where, **options)
         for name, own in pairs.items():
-            for way, what, figure in compare(scans["train"][name], scans["val"][name], own):
-                print_row(kind, name, way, what, figure)
+            for row in compare(scans["train"][name], scans["val"][name], own):
+                print_row(kind, name, *row)
 
 
 def alone(
@@ -336,14 +317,20 @@ def alone(
 
 
 def run_maps(
-    train: Scan, val: Scan, n_places: int, n_images: int | None, *, recover: bool = True
+    train: Scan,
+    val: Scan,
+    n_places: int,
+    n_images: int | None,
+    n_planted: int,
+    *,
+    recover: bool = True,
 ) -> None:
     """Do the same on the input maps of scans with positions."""
     own = nn.Conv2d(train.layer.n_in, train.layer.n_out, 1, bias=False)
     own.weight.data = train.weight.view_as(own.weight)
     parts = {"layer": own, "pool": nn.AdaptiveAvgPool2d(1), "flat": nn.Flatten()}
     model = nn.Sequential(OrderedDict(parts)).eval()
-    pairs = plant(model, "layer", Maps(train, pasted=False))
+    pairs = plant(model, "layer", Maps(train, pasted=False), n_planted)
     model.layer, pairs = alone(model.layer, pairs)  # type: ignore[arg-type]
     for kind in ("whole", "pasted"):
         with tempfile.TemporaryDirectory() as out:
@@ -354,8 +341,8 @@ def run_maps(
                 some = range(0, len(images), max(1, len(images) // (n_images or len(images))))
                 where = Path(out) / part
                 scans.append(unbraid.scan(model, "layer", images, where, indices=some, **options))
-            for way, what, figure in compare(*scans, pairs, recover=recover):
-                print_row(kind, train.layer.name, way, what, figure)
+            for row in compare(*scans, pairs, recover=recover):
+                print_row(kind, train.layer.name, *row)
 
 
 def run_cost(layer: str, n_images: int, n_places: int, rounds: int) -> None:
@@ -394,6 +381,7 @@ def main() -> None:
     parser.add_argument("--layer", default=LAYERS[0])
     parser.add_argument("--images", type=int)
     parser.add_argument("--places", type=int, default=PLACES)
+    parser.add_argument("--planted", type=int, default=N_PLANTED, help="channels, for maps")
     parser.add_argument("--no-split", action="store_true", help="only find, which is fast")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, help="for scans, which are taken up again")
@@ -403,7 +391,8 @@ def main() -> None:
         return
     if asked.what == "maps":
         scans = (unbraid.open_scan(asked.train), unbraid.open_scan(asked.val))
-        run_maps(*scans, asked.places, asked.images, recover=not asked.no_split)
+        told = asked.places, asked.images, asked.planted
+        run_maps(*scans, *told, recover=not asked.no_split)
         return
     with tempfile.TemporaryDirectory() as scratch:
         run_compare(asked.data, asked.layers, asked.out or Path(scratch), asked.images)

@@ -33,7 +33,7 @@ def build():
 """
 
 
-def make_run(home):
+def make_run(home, transform=preprocess, **asked):
     """A finished run over folders of pictures with hostile names."""
     (home / "own.py").write_text(OWN, encoding="utf-8")
     for split, part, n in (("train", "train", 60), ("test", "val", 30)):
@@ -45,12 +45,12 @@ def make_run(home):
             for k in own:
                 images.picture(k).save(place / f"{k} <i>\n'\".png")
     train, val = (
-        open_images(home / "data" / part, preprocess, outputs=NAMES) for part in ("train", "val")
+        open_images(home / "data" / part, transform, outputs=NAMES) for part in ("train", "val")
     )
     options = {"thresholds": Thresholds(tau=0.03), "loading": Loading(), "features": False}
     options |= {"source": {"model": f"{home / 'own.py'}:build", "data": str(home / "data")}}
     options |= {"say": lambda _: None, "title": TITLE}
-    made = running.run(load_network(), LAYER, train, val, home / "run", **options)
+    made = running.run(load_network(), LAYER, train, val, home / "run", **options | asked)
     assert len(made.split.channels) >= 3
     return home / "run"
 

@@ -17,7 +17,7 @@ from checks import assert_same_files
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images import batches as loading
-from unbraid.images.batches import as_batch, deaths_told, load
+from unbraid.images.batches import as_batch, deaths_told, load, read_images
 from unbraid.images.broken import sort_out
 
 
@@ -42,11 +42,19 @@ def test_as_batch_copies_only_what_does_not_lie_in_a_row(workers):
     in_a_row = (images, images[2:], images[1:3], images[:1])
     others = ([one, three], [two, one], [one, one], [one, two.clone()], [one.clone()])
     for some in (*in_a_row, *others):
-        batch = as_batch(some, torch.arange(len(some)))
+        batch = as_batch(some)
         assert torch.equal(batch, torch.stack(some))
         assert (batch.data_ptr() == some[0].data_ptr()) == any(some is row for row in in_a_row)
-    with pytest.raises(DataError, match=r"Image 5 is \(3, 6, 6\) where image 4 is \(3, 7, 6\)"):
-        as_batch([one, two[:, 1:]], torch.tensor([4, 5]))
+
+
+def test_read_images_parts_a_batch_into_neighbours_of_one_size():
+    images = SyntheticImages(7)
+    images.images = [image[..., : 4 + (k in (2, 3))] for k, image in enumerate(images.images)]
+    found = list(read_images(images, [range(5), range(5, 7)], workers=0))
+    assert [index.tolist() for index, _, _ in found] == [[0, 1], [2, 3], [4], [5, 6]]
+    for index, batch, labels in found:
+        assert torch.equal(batch, torch.stack([images.images[k] for k in index.tolist()]))
+        assert labels.tolist() == [images.targets[k] for k in index.tolist()]
 
 
 def test_load_never_hands_over_images_of_the_data_set_itself(tmp_path):

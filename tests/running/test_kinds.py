@@ -257,8 +257,3 @@ def test_a_run_without_a_target_asks_for_clusters_before_it_scans(tmp_path):
     clusters = Thresholds(0.01, 0.5, 0.99, concepts="clusters")
     made = run(Body(), "2", train, val, tmp_path / "a", **job(None, thresholds=clusters))
     assert made.page.exists()
-    sizes = SyntheticImages(48)
-    sizes.images = [image[..., : 5 + k % 2] for k, image in enumerate(sizes.images)]
-    one = Loading(batch_size=1)
-    with pytest.raises(unbraid.UnbraidError, match=r"different sizes, .* and .*, and a run"):
-        run(Body(), "2", sizes, val, tmp_path / "b", **job("regression:1", loading=one))

@@ -12,7 +12,6 @@ from torch import nn
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import RunError, UsageError
-from unbraid.exploring.opened import open_run
 from unbraid.images import sample
 from unbraid.running import run as running
 from unbraid.running.check import check
@@ -171,8 +170,6 @@ def test_scans_with_other_places_are_not_taken(places, whole):
 def test_what_else_reads_a_run_of_places(whole):
     (graph,) = circuits_of(whole, 1)
     assert graph.indices <= set(range(len(VAL)))
-    with pytest.raises(RunError, match="is of places in images, which the app does not show"):
-        open_run(whole.folder)
     with pytest.raises(UsageError, match="of places, but the scan is of images"):
         whole.split.members_in(whole.val_scan).count(whole.found.classes)
 

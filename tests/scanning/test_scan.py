@@ -21,6 +21,7 @@ from unbraid.base.errors import DataError, LayerError, ModelError, RunError, Usa
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import labels_of
 from unbraid.running.folders import as_labelled
+from unbraid.scanning import batch
 
 
 def dataset_of(n_images, images=(), labels=()):
@@ -68,9 +69,25 @@ def test_records_of_a_layer_called_by_keyword_and_of_images_of_two_sizes(tmp_pat
     truth, options = checks.truth_of(network, dataset), {"positions": True, "batch_size": 1}
     scan = unbraid.scan(CallsByKeyword(network), "layer", dataset, tmp_path, **options)
     checks.assert_records(list(scan.shards()), truth, 0.005, range(5))
-    dataset = of_sizes(*[6, 5] * 5)
-    scan = unbraid.scan(network, "layer", dataset, tmp_path / "sizes", batch_size=1)
-    checks.assert_records(list(scan.shards()), checks.truth_of(network, dataset), 0.005, range(10))
+    dataset = of_sizes(6, 5, 6, 6, 6, 5, 5, 5, 5, 6)
+    truth = checks.truth_of(network, dataset)
+    for name, options in OF_SIZES.items():
+        scan = unbraid.scan(network, "layer", dataset, tmp_path / name, **options)
+        checks.assert_records(list(scan.shards()), truth, 0.005, range(10))
+
+
+OF_SIZES = {"one": {"batch_size": 1}, "four": {"batch_size": 4, "workers": 1}, "usual": {}}
+
+
+def test_the_usual_batch_holds_as_many_as_memory_does_of_the_largest_of_some_images(
+    tmp_path, monkeypatch
+):
+    small, large = (of_sizes(*sizes) for sizes in ([5] * 16, [5] * 12 + [6] + [5] * 3))
+    network, of_one = build("3x3"), batch.bytes_of_one
+    monkeypatch.setattr(batch, "_MEMORY", 8 * of_one(network, [network.layer], small[0][0]))
+    for name, images, n in (("small", small, 8), ("large", large, 4)):
+        scan = unbraid.scan(network, "layer", images, tmp_path / name)
+        assert scan.manifest.batch_size == n
 
 
 @pytest.mark.parametrize("kind", ["folders", "csv", "folder of tars"])
@@ -217,7 +234,6 @@ REFUSED = [  # network or images, options
     (Unlabelled(4, 0.5), PREDICTED, DataError, NO_LABEL.format("a float")),
     (Unlabelled(4, 2**70), PREDICTED, DataError, NO_LABEL.format("an int")),
     (SyntheticImages(4, size=(1, 7, 6)), {}, ModelError, r"cannot run on .* \(1, 7, 6\)"),
-    (of_sizes(6, 6, 5, 5), {}, DataError, r"Image 2 is \(3, 7, 5\) where image 0 is \(3, 7, 6\)"),
     (of_sizes(6, 5), {"batch_size": 1, "positions": True}, DataError, "maps of different sizes"),
     (iter(()), {}, UsageError, "must be map-style"),
     (changed(lambda logits: logits[:, :, None]), {}, ModelError, r"a tensor \(4, 4, 1\), not"),

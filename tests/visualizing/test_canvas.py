@@ -56,7 +56,7 @@ def test_pixels_of_broken_images_grey_ones_and_another_size():
 
 def test_pixels_of_what_cannot_be_measured_are_refused():
     for images, size, error, sentence in (
-        ([torch.rand(3, 5, 5), torch.rand(3, 6, 5)], None, DataError, "bring all to one size"),
+        ([torch.rand(3, 5, 5), torch.rand(1, 5, 5)], None, DataError, "all of as many channels"),
         ([torch.rand(3, 5, 5), torch.full((3, 5, 5), math.nan)], None, DataError, "NaN"),
         ([torch.full((3, 5, 5), 0.5)] * 2, None, DataError, "one colour"),
         ([torch.rand(3, 12)], None, DataError, "channels, height, width"),
@@ -65,6 +65,16 @@ def test_pixels_of_what_cannot_be_measured_are_refused():
     ):
         with pytest.raises(error, match=sentence):
             pixels_of([(image, 0) for image in images], size)
+
+
+def test_pixels_of_images_of_several_sizes_are_of_the_middle_one():
+    torch.manual_seed(0)
+    images = [torch.rand(3, n, 5) for n in (9, 7, 7, 3, 8)]
+    found = pixels_of([(image, 0) for image in images])
+    assert found.size == (7, 5)
+    alone = pixels_of([(image, 0) for image in images[1:3]])
+    assert bool((found.low <= alone.low + 1e-6).all())
+    assert pixels_of([(image, 0) for image in images], (4, 6)).size == (4, 6)
 
 
 @pytest.mark.parametrize("size", SIZES)

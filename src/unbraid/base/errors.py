@@ -66,6 +66,10 @@ class UnfitPicture(DataError):
     """A picture is sound, but of numbers that are not read; others of its kind are not either."""
 
 
+class SizesDiffer(DataError):
+    """Images are of different sizes where what is kept of them asks for one."""
+
+
 class RunError(UnbraidError):
     """A folder or file of unbraid's own is incomplete, damaged or belongs to something else."""
 

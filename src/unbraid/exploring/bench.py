@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,8 +47,8 @@ def lay_out(scan: Scan, split: Split | None, channel: int, n: int) -> Laid:
         scan: of the images, mostly those for training.
         split: whose concepts of the channel are the groups to begin with; or none.
         channel: any of the layer.
-        n: strongest images of the whole channel; of each concept some more come with them, and of
-            a group that was put together by hand all.
+        n: strongest images of the whole channel, or places, of an image one; of each concept some
+            more come with them, and of a group that was put together by hand all.
 
     Raises:
         UsageError: the layer has no such channel.
@@ -62,18 +63,25 @@ def lay_out(scan: Scan, split: Split | None, channel: int, n: int) -> Laid:
             group = split.members_in(scan).concept_of(records, part.concepts)
             pooled = records.pooled[:, scan.layer.group_of(channel)]
             own = part.pooled_responses(pooled, records.n_positions)[:, 1:-1]
-        columns.append((records.index, records.label, response, group, own))
-    index, label, response, group, own = map(torch.cat, zip(*columns, strict=True))
+        image = records.index if records.image is None else records.image
+        columns.append((records.index, image, records.label, response, group, own))
+    index, image, label, response, group, own = map(torch.cat, zip(*columns, strict=True))
     by_hand = _groups_by_hand(scan, split, part)
     wanted = torch.isin(index, torch.tensor(sorted(by_hand), dtype=torch.int64))
-    wanted[response.argsort(descending=True, stable=True)[:n]] = True
+    wanted[_one_of_each(image, response.argsort(descending=True, stable=True))[:n]] = True
     for k in range(own.shape[1]):
         members = (group == k).nonzero()[:, 0]
-        order = own[members, k].argsort(descending=True, stable=True)
-        wanted[members[order[:_OF_EACH]]] = True
+        order = members[own[members, k].argsort(descending=True, stable=True)]
+        wanted[_one_of_each(image, order)[:_OF_EACH]] = True
     places = wanted.nonzero()[:, 0]
     places = places[response[places].argsort(descending=True, stable=True)]
     return Laid(index[places], label[places], response[places], group[places])
+
+
+def _one_of_each(image: Tensor, order: Tensor) -> Tensor:
+    """Keep the first of each image, whose other places show the same thing; (n,) of (N,)."""
+    _, first = np.unique(image[order].numpy(), return_index=True)
+    return order[np.sort(first)]
 
 
 def _groups_by_hand(scan: Scan, split: Split | None, part: ChannelSplit | None) -> set[int]:

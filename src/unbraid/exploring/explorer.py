@@ -26,7 +26,7 @@ from unbraid.base.files import write_new
 from unbraid.base.tables import one_line
 from unbraid.exploring import shown
 from unbraid.exploring.bench import alone, lay_out, measure, nothing_found, part_by_hand, part_of
-from unbraid.exploring.opened import Opened
+from unbraid.exploring.opened import WHOLE, Opened
 from unbraid.exploring.shown import Plain
 from unbraid.images.broken import UNLABELLED, plain
 from unbraid.images.dataset import name_of, picture_of
@@ -38,6 +38,7 @@ from unbraid.measuring.results import ChannelEvaluation
 from unbraid.networks.copying import device_of
 from unbraid.networks.outputs import logits_of, run_raw
 from unbraid.networks.relevance import undisturbed
+from unbraid.reporting.crops import Crops
 from unbraid.reporting.explain import explain
 from unbraid.reporting.pictures import open_picture, sight_of
 from unbraid.reporting.words import bounded
@@ -126,6 +127,7 @@ class Explorer:
             "explains": self.opened.network is not None and self.opened.target is not None,
             "parts": self.opened.train_scan is not None,
             "hasSplit": split is not None,
+            "ofPlaces": self.opened.of_places,
             "saved": self.saved(),
             "folder": bounded(str(self.save_to), 600),
         }
@@ -239,17 +241,18 @@ class Explorer:
         return Seen(name, picture, ListedImages(listing, transform))
 
     def seen(self, picture: str) -> Seen:
-        """Give a picture by its name: "drop/KEY", or "train/7" and "val/7" of the run's images."""
-        kind, _, which = picture.partition("/")
+        """Give a picture by its name: "drop/KEY", or "train/7" and "val/7" of the run's images.
+
+        Of place 7 that is the image that it lies in, which is "val/whole/3" too.
+        """
+        picture = self.whole(picture)
+        kind, _, _ = picture.rpartition("/")
         if kind == "drop":
             found = self._dropped.get(picture)
             if found is None:
                 raise UsageError("This picture is gone from memory; drop it again.")
             return found
-        images, scan = self.opened.images(kind), self.opened.scan(kind)
-        if images is None or scan is None or not which.isdecimal() or len(which) > 18:
-            raise UsageError("The run's images are not there, or have none of this number.")
-        index = int(which)
+        images, index = self._find(picture)
 
         def read() -> Seen:
             try:
@@ -263,13 +266,31 @@ class Explorer:
 
         return self._own.made(picture, read)
 
+    def whole(self, picture: str) -> str:
+        """Name the image that a place lies in; any other picture stays what it is."""
+        if not self.opened.of_places or picture.count("/") != 1 or picture.startswith("drop/"):
+            return picture
+        crops, index = self._find(picture)
+        if not isinstance(crops, Crops) or index >= len(crops):
+            raise UsageError(f"The run has no place {index}.")
+        return f"{picture.partition('/')[0]}/{WHOLE}/{crops.source(index)}"
+
+    def _find(self, picture: str) -> tuple[Dataset[Any], int]:
+        """The data set that a picture of the run is in, and its index there."""
+        kind, _, which = picture.rpartition("/")
+        images = self.opened.images(kind)
+        if images is None or not which.isdecimal() or len(which) > 18:
+            raise UsageError("The run's images are not there, or have none of this number.")
+        return images, int(which)
+
     def explain(self, name: str, picture: str, channel: int | None) -> Plain:
         """Which concept channels a picture uses: the strongest, or those of one channel."""
         own, looked = self._explain(name, picture)
         if channel is not None and part_of(self.split(name), channel) is None:
             raise UsageError(f"Channel {channel} is not divided; part it by hand.")
         view = shown.explained_view(own, looked, channel)
-        return {**view, "name": self.seen(picture).name, "logits": self.gate(name, picture, {})}
+        told = {"name": self.seen(picture).name, "picture": self.whole(picture)}
+        return {**view, **told, "logits": self.gate(name, picture, {})}
 
     def _explain(self, name: str, picture: str) -> tuple[ImageExplanation, Image.Image]:
         def look() -> tuple[ImageExplanation, Image.Image]:
@@ -331,8 +352,10 @@ class Explorer:
         """A picture as a file, cut as the network sees it where that is known, and its kind."""
 
         def draw() -> tuple[bytes, str]:
+            if self.whole(picture) != picture:  # what lies around a place
+                return shown.as_file(open_picture(*self._find(picture)), side)
             seen = self.seen(picture).picture
-            images = self.opened.images(picture.partition("/")[0])
+            images = self.opened.images(picture.rpartition("/")[0])
             sight = None if picture.startswith("drop/") or images is None else sight_of(images)
             return shown.as_file(sight(seen) if sight else seen, side)
 

@@ -14,6 +14,7 @@ from unbraid.base.errors import RunError, UnbraidError
 from unbraid.measuring.explain import untold
 from unbraid.measuring.results import ChannelEvaluation, read_channels
 from unbraid.networks.models import LoadedModel
+from unbraid.reporting.crops import Crops
 from unbraid.running.finished import Run
 from unbraid.running.network import load_again, prepared_otherwise
 from unbraid.scanning.records import Scan
@@ -21,6 +22,7 @@ from unbraid.scanning.targets import Scalar, read_target
 from unbraid.splitting.splits import Split
 
 Part = TypeVar("Part")
+WHOLE = "whole"  # of pictures, where others are what lies around places
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +40,25 @@ class Opened:
     measured: Sequence[ChannelEvaluation]  # by the run, as far as it can be read
     missing: tuple[str, ...]  # what is not there, what that costs, and why
 
+    @property
+    def of_places(self) -> bool:
+        """Whether scans and images are of places, so that pictures are crops."""
+        return bool(self.run.settings.places)
+
     def scan(self, kind: str) -> Scan | None:
         """The scan of "train" or "val"; None of anything else."""
         return {"train": self.train_scan, "val": self.val_scan}.get(kind)
 
     def images(self, kind: str) -> Dataset[Any] | None:
-        """The images of "train" or "val"; None of anything else."""
-        return {"train": self.train_images, "val": self.val_images}.get(kind)
+        """The images of "train" or "val", of places those around them; None of anything else.
+
+        Whole images of places are "train/whole" and "val/whole".
+        """
+        kind, slash, which = kind.partition("/")
+        images = {"train": self.train_images, "val": self.val_images}.get(kind)
+        if not slash:
+            return images
+        return images.dataset if which == WHOLE and isinstance(images, Crops) else None
 
 
 def open_run(
@@ -66,15 +80,10 @@ def open_run(
         bands: of these, those that are drawn.
 
     Raises:
-        RunError: there is no run in the folder, or neither a split nor a scan; or it is of places.
+        RunError: there is no run in the folder, or neither a split nor a scan.
         UnbraidError: the network cannot be had as `model`, `weights` and `device` name it.
     """
     run, missing = Run(folder, data, bands), []
-    if run.settings.places:
-        raise RunError(
-            f"The run in {folder} is of places in images, which the app does not show; open its "
-            "report.html instead."
-        )
 
     def attempt(get: Callable[[], Part], cost: str) -> Part | None:
         try:
@@ -89,9 +98,9 @@ def open_run(
         missing.append(
             "The run left no split; a channel can be named by its number and parted by hand."
         )
-    train_scan = attempt(lambda: run.train_scan, "No channel can be parted by hand")
+    train_scan = attempt(lambda: run.searched, "No channel can be parted by hand")
     shown = "no reference images" if train_scan is None else "training images stand for reference"
-    val_scan = attempt(lambda: run.val_scan, f"There are no measures, and {shown}")
+    val_scan = attempt(lambda: run.measured, f"There are no measures, and {shown}")
     if split is None and train_scan is None:
         raise RunError(f"{folder} holds neither a split nor a scan; start the run again.")
     unexplained = "No picture can be explained"
@@ -110,13 +119,22 @@ def open_run(
         target,
         train_scan,
         val_scan,
-        attempt(lambda: run.train_images, "Training images stay without pictures")
+        attempt(
+            lambda: _around(run.train_images, train_scan), "Training images stay without pictures"
+        )
         if train_scan
         else None,
-        attempt(lambda: run.images, "Reference images stay without pictures") if val_scan else None,
+        attempt(lambda: _around(run.images, val_scan), "Reference images stay without pictures")
+        if val_scan
+        else None,
         attempt(lambda: measured_in(run), "Channels are measured again") or () if val_scan else (),
         tuple(missing),
     )
+
+
+def _around(images: Dataset[Any], scan: Scan) -> Dataset[Any]:
+    """What a scan's items look like: its images, or what lies around its places."""
+    return Crops(images, scan) if scan.manifest.places_of else images
 
 
 def measured_in(run: Run) -> Sequence[ChannelEvaluation]:

@@ -6,6 +6,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from multiprocessing.reduction import ForkingPickler
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from unbraid.base.errors import DataError, RunError, UsageError, brief
 from unbraid.base.progress import counted
 from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed, sort_out
-from unbraid.networks.outputs import stack_images
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
 _AGAIN = "start the same command again and it goes on"
@@ -62,13 +62,16 @@ def read_images(
     skip_broken: bool = False,
     advance: Callable[[int], None] = lambda _: None,
 ) -> Iterator[Batch]:
-    """Read batches of images, in order, but those without a good one; `advance` counts images."""
+    """Read batches of images, in order, but those without a good one; `advance` counts images.
+
+    Of images of several sizes, each batch holds neighbours of one size.
+    """
     for items in load(dataset, batches, workers=workers):
         good, _ = sort_out(items, skip_broken)
-        if good:
-            index = torch.tensor([item.index for item in good], dtype=torch.int64)
-            labels = torch.tensor([item.label for item in good], dtype=torch.int64)
-            yield index, stack_images([item.image for item in good], index), labels
+        for some in of_one_size(good):
+            index = torch.tensor([item.index for item in some], dtype=torch.int64)
+            labels = torch.tensor([item.label for item in some], dtype=torch.int64)
+            yield index, torch.stack([item.image for item in some]), labels
         advance(len(items))
 
 
@@ -77,8 +80,16 @@ def in_batches(indices: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
 
 
-def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images that `load` read; those in a row are not copied, so stay pinned."""
+def of_one_size(items: Sequence[Loaded]) -> Iterator[list[Loaded]]:
+    """Part good images, in order, into neighbours of one size, which fit into one batch."""
+    return (list(some) for _, some in groupby(items, key=lambda item: item.image.shape))
+
+
+def as_batch(images: Sequence[Tensor]) -> Tensor:
+    """Make a batch of images of one size that `load` read.
+
+    Those that lie in a row are not copied, so stay pinned.
+    """
     first = images[0]
     whole, size = first._base, first.nbytes
     # What lies in a row may be a part of something else, such as a whole data set in one tensor.
@@ -87,7 +98,7 @@ def as_batch(images: Sequence[Tensor], index: Tensor) -> Tensor:
         for k, image in enumerate(images)
     )
     if whole is None or not (in_a_row and whole.is_contiguous() and whole.shape[1:] == first.shape):
-        return stack_images(images, index)
+        return torch.stack(list(images))
     start = (first.data_ptr() - whole.data_ptr()) // size if size else 0
     return whole[start : start + len(images)]
 

@@ -23,6 +23,7 @@ from unbraid.base.modes import callers_device
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 _N_TRIED = 20  # images, in search of one that can be read
+_N_COMPARED = 8  # images, in search of a large one
 _N_KEYS = 12  # of a dictionary, that a message names
 NO_IMAGE = torch.empty(0, dtype=torch.float32)
 
@@ -89,6 +90,16 @@ def first_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | No
         if good:
             return good[0].image
     return None
+
+
+def largest_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | None:
+    """Return the largest of some images, evenly spaced, and of the first that can be read, if any.
+
+    So memory that holds as many of it holds most batches, where images are of several sizes.
+    """
+    spaced = indices[:: max(1, len(indices) // _N_COMPARED)]
+    tried = [first_readable(dataset, indices), *(first_readable(dataset, [k]) for k in spaced[1:])]
+    return max((image for image in tried if image is not None), key=Tensor.numel, default=None)
 
 
 def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:

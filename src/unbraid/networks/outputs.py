@@ -176,18 +176,6 @@ def describe_output(output: Any) -> str:
     return f"a {type(output).__name__}"
 
 
-def stack_images(images: Sequence[Tensor], index: Tensor) -> Tensor:
-    """Make a batch of images of one size; `index` says where they are in the data set."""
-    for image, own in zip(images, index.tolist(), strict=True):
-        if image.shape != images[0].shape:
-            raise DataError(
-                f"Image {own} is {tuple(image.shape)} where image {int(index[0])} is "
-                f"{tuple(images[0].shape)}; bring all to one size in the data set's transform, "
-                "or use batch_size=1."
-            )
-    return torch.stack(list(images))
-
-
 def run_network(model: nn.Module, images: Tensor) -> Tensor:
     """Compute all that a network puts out, a row an image (N, D), from a copy of images.
 

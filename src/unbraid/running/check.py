@@ -22,6 +22,7 @@ from unbraid.reporting.layers import DATA, read_layers
 from unbraid.running.folders import (
     CIRCUITS,
     FEATURES,
+    NO_POSITIONS,
     SCANS,
     SETTINGS,
     home_of,
@@ -216,12 +217,10 @@ def _check_run(folder: Path, found: Checkup) -> str:
     settings = found.look(folder / SETTINGS, partial(read_settings, folder), needed=True)
     path = folder / "findings.csv"
     rows = found.look(path, partial(_read_table, FINDINGS, path), needed=True)
-    of_places = settings is not None and settings.places
+    without = (settings is not None and settings.places) or (folder / NO_POSITIONS).exists()
     for name, (read, if_found) in _READERS.items():
         path = folder / name
-        needed = (
-            if_found and bool(rows) and not (of_places and name == "split-published.safetensors")
-        )
+        needed = if_found and bool(rows) and not (without and name == "split-published.safetensors")
         found.look(path, partial(read, path), needed=needed)
     if not (folder / "report.html").exists():
         found.missing.append(str(folder / "report.html"))

@@ -37,6 +37,9 @@ from unbraid.running.run import Job
 from unbraid.running.sample import by_cosine
 from unbraid.splitting.splits import ChannelSplit
 
+_OF_PLACES = (
+    "Circuits through earlier layers are followed in whole images, so a run of places has none."
+)
 N_IMAGES = 32  # of a concept, that the network is run on to follow its circuit
 N_CHANNELS = 16  # of a layer, those with the lowest cosines, whose circuits its page shows
 
@@ -79,7 +82,9 @@ def circuits_of(
     own = [circuit_of(run.split, sums, part, k, max(n, N_FOLLOWED)) for k in concepts]
     graphs = [circuit_graph(own, [(run.split, run.measured)], n=n)]
     before = list(earlier_runs(run))
-    if before and network is not None:
+    if before and run.settings.places:
+        say(f"{_OF_PLACES} Here is what feeds layer {run.split.layer.name} directly.")
+    elif before and network is not None:
         try:
             loaded = network()
             images = network_images(run, loaded)
@@ -107,12 +112,7 @@ def _asked(run: Run, channel: int, concept: int | None) -> tuple[ChannelSplit, S
 
 
 def earlier_runs(run: Run) -> Iterator[Run]:
-    """The runs of earlier layers of the same run that split something, nearest first.
-
-    None of a run of places: circuits through layers are followed in whole images.
-    """
-    if run.settings.places:
-        return
+    """The runs of earlier layers of the same run that split something, nearest first."""
     asked = str(replace(run.settings, everything=False))  # which an index does not tell apart
     name = run.split.layer.name
     around = dict.fromkeys((home_of(run.folder).parent, run.folder.parent))
@@ -208,6 +208,9 @@ def follow_layers(job: Job, runs: Mapping[str, Run]) -> None:
         before = list(earlier_runs(run))
         if not before:
             continue
+        if run.settings.places:
+            job.say(_OF_PLACES)
+            return
         path = run.folder / CIRCUITS
         about = (run.split_hash, hash_of_all(before))
         with suppress(RunError):

@@ -117,8 +117,8 @@ class Run:
 
     @cached_property
     def val_maps(self) -> Scan | None:
-        """Of the validation images concerned, with positions; None of a run of places."""
-        if self.settings.places:
+        """Of the validation images concerned, with positions; None where none were kept."""
+        if self.without_positions:
             return None
         of_all = concerned_in(self.val_scan, self.found)  # as older runs have them
         for which in (self.with_positions("val"), of_all):
@@ -128,6 +128,11 @@ class Run:
         else:
             raise RunError(f"{folder} is gone, which the page shows; start the run again.")
         return open_scan(folder)
+
+    @property
+    def without_positions(self) -> bool:
+        """Whether no positions were kept: of places, or as images are of different sizes."""
+        return bool(self.settings.places) or (self.folder / folders.NO_POSITIONS).exists()
 
     def with_positions(self, kind: Literal["train", "val"]) -> dict[str, Any]:
         """Which images are scanned with positions, as `unbraid.scan` takes it."""
@@ -149,10 +154,11 @@ class Run:
 
     @cached_property
     def baseline(self) -> Split | None:
-        """By the published rule, which is for whole images; None of a run of places."""
-        if self.settings.places:
+        """By the published rule; None of a run of places, or where that asks for positions."""
+        path = self.folder / "split-published.safetensors"
+        if self.settings.places or (self.without_positions and not path.exists()):
             return None
-        return Split.load(self.folder / "split-published.safetensors")
+        return Split.load(path)
 
     @cached_property
     def evaluation(self) -> Evaluation | None:
@@ -219,7 +225,7 @@ class Run:
         names = ["findings.csv", "report.html"]
         if self.found.concepts:
             names += ["split.safetensors", "evaluation.json"]
-            names += ["split-published.safetensors"] * (not self.settings.places)
+            names += ["split-published.safetensors"] * (not self.without_positions)
             refused = (self.folder / folders.NO_FEATURES).exists()  # as it would be again
             names += [folders.FEATURES] * (features and not refused)
         return all((self.folder / name).exists() for name in names)

@@ -45,6 +45,7 @@ SETTINGS = "settings.json"
 FEATURES = "features"
 CIRCUITS = "circuits.json"  # through earlier layers
 NO_FEATURES = "no-features.txt"  # why they could not be made
+NO_POSITIONS = "no-positions.txt"  # why none were kept, so that what asks for them is left out
 FIRST_LOOK = "quick"  # folder of a run over some of the images
 _RESULTS = (
     "findings.csv",
@@ -54,6 +55,7 @@ _RESULTS = (
     "evaluation.json",
     CIRCUITS,
     NO_FEATURES,
+    NO_POSITIONS,
     "report.html",
 )
 _OWN = {  # files by what else lies in their folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -13,14 +14,14 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import whole_number
-from unbraid.base.errors import DataError, RunError, UnbraidError, UsageError
+from unbraid.base.errors import DataError, RunError, SizesDiffer, UnbraidError, UsageError
 from unbraid.base.files import set_aside, write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
 from unbraid.finding.thresholds import check_thresholds
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
-from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of, spaced
+from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
@@ -195,13 +196,28 @@ def _make(job: Job, made: Run, encoder: Encoder) -> None:
         made.split.save(folder / "split.safetensors")
         model2 = apply(job.model, made.split)
         if not job.places:  # both ask for whole images
-            made.baseline = _baseline(job, made)
-            made.baseline.save(folder / "split-published.safetensors")
-            made.val_maps = _scan_positions(job, made, "val")
+            _keep_positions(job, made)
         made.evaluation = _measure(job, made, model2, encoder)
         made.evaluation.save(folder / "evaluation.json")
         made.features = _visualize(job, made, model2)
     made.report()
+
+
+def _keep_positions(job: Job, made: Run) -> None:
+    """Make what asks for positions, which of images of different sizes cannot be kept."""
+    told = made.folder / folders.NO_POSITIONS
+    made.baseline = made.val_maps = None
+    try:
+        made.baseline = _baseline(job, made)
+        made.baseline.save(made.folder / "split-published.safetensors")
+        made.val_maps = _scan_positions(job, made, "val")
+    except SizesDiffer:
+        rho = "" if made.baseline else ", and the published rule too, unless --rho is given"
+        why = f"Images are of different sizes, so rectified errors are left out{rho}."
+        job.say(why)
+        write_whole(told, f"{why}\n".encode())
+    else:
+        told.unlink(missing_ok=True)
 
 
 def _baseline(job: Job, made: Run) -> Split:
@@ -215,6 +231,8 @@ def _baseline(job: Job, made: Run) -> Split:
 def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
     """Scan images of what was found with positions, unless a run in the folder has."""
     images, scan = (job.train, made.train_scan) if kind == "train" else (job.val, made.val_scan)
+    if len({int(n) for column in scan.columns("n_positions") for n in column.unique()}) > 1:
+        raise SizesDiffer("Images are of different sizes, so no positions are kept of them.")
     which = made.with_positions(kind)
     folder = folders.positions_folder(made.folder, kind, scan, **which)
     what = "training image" if kind == "train" else "validation image"
@@ -226,7 +244,11 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
     job.say(f"Scanning {n_images} again, with positions{why}.")
     # As that of all images, however it was made, or it would be looked for in vain later.
     which |= {n: getattr(scan.manifest, n) for n in ("channels_last", "autocast", "min_share")}
-    return job.scan(images, {scan.layer.name: folder}, positions=True, **which)[scan.layer.name]
+    try:
+        return job.scan(images, {scan.layer.name: folder}, positions=True, **which)[scan.layer.name]
+    except SizesDiffer:  # of as many positions
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evaluation:
@@ -289,8 +311,6 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
             folders.read_settings(own)  # else it would not be known whose results they are
-    if job.loading.batch_size == 1:
-        _refuse_sizes(job)
     for layer in places:
         try_layer(job, layer)
     if job.encoder is None:
@@ -322,20 +342,6 @@ def _check_places(job: Job) -> None:
             "An encoder compares whole images, so from places there is nothing for it to do; "
             "leave it out."
         )
-
-
-def _refuse_sizes(job: Job) -> None:
-    """Raise DataError if images are seen to be of several sizes, which a run cannot show."""
-    for images in (job.train, job.val):
-        tried = (first_readable(images, [k]) for k in spaced(size_of(images)))
-        sizes = list({tuple(image.shape): None for image in tried if image is not None})
-        if len(sizes) > 1:
-            raise DataError(
-                f"Images are of different sizes, {sizes[0]} and {sizes[1]}, and a run keeps "
-                "positions of some; let FILE.py:FUNCTION return (network, preprocessing) that "
-                "brings all to one, by v2.Resize((height, width)) say, or take the steps one by "
-                "one: `unbraid scan --batch-size 1`, then find and split."
-            )
 
 
 def try_layer(job: Job, layer: str) -> None:

@@ -123,7 +123,7 @@ def scan_batch(
     autocast: bool,
     check: bool,
 ) -> list[Records]:
-    """Run the network on some images once and keep their records, layer by layer.
+    """Run the network on some images of one size once and keep their records, layer by layer.
 
     Of images whose index is in `sampled` tap inputs at some positions are kept, unless all
     positions are. With `check` it is made sure that the layers compute what is thought, image by
@@ -135,7 +135,7 @@ def scan_batch(
         return [no_records(layer.spec, positions) for layer in layers]
     device = device_of(layers[0].module)
     index = torch.tensor([item.index for item in items], dtype=torch.int64)
-    images = as_batch([item.image for item in items], index)
+    images = as_batch([item.image for item in items])
     # A copy in any case, as a network may write into it, and then have to begin again.
     images = images.to(device, non_blocking=True, copy=True)
     flags = [not positions and item.index in sampled for item in items]

@@ -10,7 +10,7 @@ from typing import Annotated, Literal, get_type_hints
 import torch
 from torch import Tensor
 
-from unbraid.base.errors import DataError
+from unbraid.base.errors import SizesDiffer
 from unbraid.images.identity import unpack_ids
 from unbraid.networks.spec import LayerSpec
 from unbraid.scanning.manifest import MAX_CLASSES, Manifest
@@ -164,7 +164,7 @@ def join_records(parts: Sequence[Records]) -> Records:
         except RuntimeError:
             if name != "input_map":
                 raise
-            raise DataError(
+            raise SizesDiffer(
                 "Images of different sizes give input maps of different sizes, which "
                 "positions=True cannot keep; bring all to one size in the data set's transform."
             ) from None

@@ -25,7 +25,7 @@ from unbraid.base.arguments import as_path, whole_number
 from unbraid.base.errors import DataError, ModelError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
-from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.broken import UNLABELLED, first_readable, largest_readable
 from unbraid.images.dataset import class_names_of, labels_of, size_of
 from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of, text_of
 from unbraid.images.mapped import distinct
@@ -314,7 +314,7 @@ def _describe_all(
                 )
                 told[name] = before
     else:  # looked at in any case, so that a data set of something else is told first
-        image = first_readable(dataset, indices)
+        image = largest_readable(dataset, indices)
         size = options.batch_size or batch_size_for(model, modules, image)
         usual = {
             "threads": torch.get_num_threads(),

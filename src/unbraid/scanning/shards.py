@@ -22,7 +22,14 @@ from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.tables import count
 from unbraid.base.team import Team, n_ranks
-from unbraid.images.batches import as_batch, deaths_told, image_progress, in_batches, load
+from unbraid.images.batches import (
+    as_batch,
+    deaths_told,
+    image_progress,
+    in_batches,
+    load,
+    of_one_size,
+)
 from unbraid.images.broken import Loaded, sort_out
 from unbraid.images.dataset import groups_of, labels_of, listed_labels
 from unbraid.images.identity import fingerprint, ids_of, pack_ids
@@ -214,7 +221,10 @@ def scan_shards(
                     # Once a shard is enough, and costs next to nothing.
                     check=not any(len(records[0]) for records in parts),
                 )
-                own, at_once = _in_portions(run, good, at_once)
+                own: list[list[Records]] = []
+                for some in list(of_one_size(good)) or [good]:  # of none, records of no image
+                    done, at_once = _in_portions(run, some, at_once)
+                    own += done
                 for records in own[0]:
                     records.broken = torch.tensor(broken, dtype=torch.int64)
                 parts += own
@@ -314,8 +324,9 @@ def _look(
 
     Otherwise a wrong label would be told when its batch comes, perhaps after days.
     """
-    index = torch.tensor([item.index for item in good], dtype=torch.int64)
-    images = as_batch([item.image for item in good], index)
+    first, *others = of_one_size(good)
+    images = as_batch([item.image for item in first])
+    n_fewest = 1 if others else n_fewest  # those of another size may stand alone
     layers = [(target.manifest.layer, target.module) for target in targets]
     with suppress(OutOfMemory):  # memory is a thing that the scan can deal with
         logits = look_first(model, images.to(device_of(model)), layers, n_fewest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,18 +50,17 @@ def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pix
     """Measure what a data set's images are like, from an evenly spaced sample.
 
     The range is that of the sample's pixels, channel by channel, so no preprocessing needs to be
-    known. The images are brought to `size`, height and width, if it is given.
+    known. The images are brought to `size`, height and width, if it is given; those of several
+    sizes else to that of the middle one, by pixels.
 
     Raises:
         UsageError: the size is out of range.
-        DataError: none can be read, they differ in size, or all are of one colour.
+        DataError: none can be read, they are no pictures, or all are of one colour.
     """
     sides = None if size is None else whole_numbers("size", size)
     if sides is not None and not (len(sides) == 2 and all(1 < s <= MAX_SIDE for s in sides)):
         raise UsageError(f"size is {size}; give height and width, 2 to {MAX_SIDE} pixels each.")
-    images = _sample(dataset)
-    if sides is not None:
-        images = F.interpolate(images, sides, mode="bilinear", antialias=True)
+    images = _brought_to(sides, _sample(dataset))
     low, high = images.amin((0, 2, 3)), images.amax((0, 2, 3))
     spread = (high - low)[:, None, None]
     if not bool(spread.isfinite().all()) or not bool((spread > 0).any()):
@@ -79,21 +79,37 @@ def pixels_of(dataset: Dataset[Any], size: tuple[int, int] | None = None) -> Pix
     return Pixels(low, high, mean, colours, magnitude, (height, width))
 
 
-def _sample(dataset: Dataset[Any]) -> Tensor:
-    """Read some images, (N, C, H, W), float32; those that cannot be read are left out."""
+def _sample(dataset: Dataset[Any]) -> list[Tensor]:
+    """Read some images, (n, C, H, W) of each size, float32; unreadable ones are left out."""
     n_images = size_of(dataset)
     n_sampled = min(n_images, N_SAMPLED)
     places = torch.linspace(0, n_images - 1, n_sampled, dtype=torch.float32).round().long()
     batches = read_images(dataset, [places.tolist()], workers=0, skip_broken=True)
-    images = next((images for _, images, _ in batches), None)
-    if images is None:
+    found = [images.float() for _, images, _ in batches]
+    if not found:
         raise DataError(f"None of {n_sampled} images could be read; mend the data set.")
-    if images.dim() != 4 or min(images.shape[2:]) < 2:
-        raise DataError(
-            f"The data set gives tensors of shape {tuple(images.shape[1:])}; images must be "
-            "(channels, height, width)."
-        )
-    return images.float()
+    for images in found:
+        if images.dim() != 4 or min(images.shape[2:]) < 2 or images.shape[1] != found[0].shape[1]:
+            raise DataError(
+                f"The data set gives tensors of shape {tuple(images.shape[1:])}; images must be "
+                "(channels, height, width), all of as many channels."
+            )
+    return found
+
+
+def _brought_to(sides: Sequence[int] | None, found: Sequence[Tensor]) -> Tensor:
+    """Put images, (n, C, H, W) of each size, together in one size."""
+    if sides is None:
+        sizes = [tuple(images.shape[2:]) for images in found for _ in images]
+        sides = sorted(sizes, key=math.prod)[(len(sizes) - 1) // 2]
+    return torch.cat(
+        [
+            images
+            if tuple(images.shape[2:]) == tuple(sides)
+            else F.interpolate(images, sides, mode="bilinear", antialias=True)
+            for images in found
+        ]
+    )
 
 
 @dataclass(frozen=True, eq=False)

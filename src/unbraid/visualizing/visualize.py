@@ -80,7 +80,8 @@ def visualize(
         channels: which ones; by default those that were split.
         n: images of each, from different starts.
         steps: of the optimiser.
-        size: height and width in pixels; by default that of the images.
+        size: height and width in pixels; by default that of the images, or of the middle one of
+            images of several sizes.
         objective: "plain" maximises z_k alone, whatever else the image excites.
         spectrum: fix the magnitude of every spatial frequency to the mean of the sample's and
             optimise phases alone, for more natural looks and weaker responses.
@@ -95,7 +96,7 @@ def visualize(
     Raises:
         UsageError: an argument is out of range, or no channel is given where none was split.
         LayerError: the network has no such layer, or the layer does not depend on the image.
-        DataError: the data set gives no images of one size, or all of one colour.
+        DataError: the data set gives no pictures, or all are of one colour.
         ModelError: the network fails on such images.
 
     Source:

@@ -1,5 +1,5 @@
 // The page's frame: where one is, the list of channels, the split that is looked at.
-import { addressOf, ask, attempt, drop, el, listSplits, mark, name, pictureOf, placeOf, state, tell, tone } from "/common.js";
+import { addressOf, ask, attempt, drop, el, listSplits, mark, name, pictureOf, placeOf, several, state, tell, tone } from "/common.js";
 import { showBench } from "/bench.js";
 import { showChannel } from "/channel.js";
 import { showPicture } from "/picture.js";
@@ -123,7 +123,7 @@ function filter() {
   byId("none").hidden = n > 0 && !other;
   byId("none").replaceChildren(...(other
     ? [`Channel ${number} is not divided. `, el("a", { href: addressOf("bench", { channel: number }) }, "Part it by hand")]
-    : [state.channels.length ? "No channel matches." : "No channel is divided. A channel's number, entered above, leads to its images."]));
+    : [state.channels.length ? "No channel matches." : `No channel is divided. A channel's number, entered above, leads to its ${several()}.`]));
 }
 
 // --- pictures from outside ---

@@ -1,5 +1,5 @@
 // The bench: a channel's images, put into groups by click, drag or key; then the channel is split.
-import { addressOf, ask, attempt, el, fetched, figures, letter, listSplits, mark, name, pictureOf, referenceRows, state, tell, tone } from "/common.js";
+import { addressOf, ask, attempt, el, fetched, figures, letter, listSplits, mark, name, one, pictureOf, referenceRows, several, state, tell, tone } from "/common.js";
 
 const FIRST = 36; // images of the channel to begin with
 const KEYS = 9; // groups with a key of their own; more only where a channel has more concepts
@@ -11,7 +11,7 @@ export async function showBench(view, { channel }) {
     return;
   }
   if (channel === null) {
-    view.replaceChildren(el("p", { className: "empty" }, "Enter a channel's number in the search to see its images."));
+    view.replaceChildren(el("p", { className: "empty" }, `Enter a channel's number in the search to see its ${several()}.`));
     return;
   }
   if (kept && kept.channel === channel && kept.split === state.split) {
@@ -40,12 +40,12 @@ class Bench {
     this.grid = el("div", { className: "grid", role: "listbox", "aria-multiselectable": "true", "aria-label": `Images of channel ${this.channel}`, "aria-orientation": "horizontal" });
     this.status = el("p", { className: "hint", role: "status" });
     this.results = el("section", { className: "results", "aria-label": "Result" });
-    this.moreButton = this.button("More images", () => this.more(), "plain");
+    this.moreButton = this.button(`More ${several()}`, () => this.more(), "plain");
     this.splitButton = this.button("Split", () => this.part(), "main");
     this.root.append(
       el("div", { className: "top" }, el("h2", {}, `Channel ${this.channel}, parted by hand`),
-        el("a", { href: addressOf("channel", { channel: this.channel }) }, "Its reference images")),
-      el("p", { className: "hint" }, "These training images excite the channel most. Choose a group and click images, drag images to a group, or use keys: ",
+        el("a", { href: addressOf("channel", { channel: this.channel }) }, `Its reference ${several()}`)),
+      el("p", { className: "hint" }, state.run.ofPlaces ? "What lies around these places of training images excites the channel most, of one image one. Choose a group and click places, drag places to a group, or use keys: " : "These training images excite the channel most. Choose a group and click images, drag images to a group, or use keys: ",
         keys("←", "→", "↑", "↓"), " go, ", keys("1", "…", "9"), " put into a group, ", keys("0"), " takes out, ", keys("Enter"), " splits."),
       el("div", { className: "desk" }, this.groups,
         el("div", { className: "bar" }, this.button("Clear all", () => this.clear(), "plain"),
@@ -104,7 +104,7 @@ class Bench {
     element.classList.remove(...[...element.classList].filter((c) => /^(k\d|other)$/.test(c)));
     element.classList.add(tone(group));
     element.setAttribute("aria-selected", String(group >= 0));
-    element.setAttribute("aria-label", `${image.label || "image"} ${image.index}, ${group < 0 ? "in no group" : `in group ${letter(group)}`}`);
+    element.setAttribute("aria-label", `${image.label || one()} ${image.index}, ${group < 0 ? "in no group" : `in group ${letter(group)}`}`);
     corner.textContent = group < 0 ? "" : letter(group);
     corner.hidden = group < 0;
   }
@@ -185,7 +185,7 @@ class Bench {
       field.addEventListener("focus", () => this.choose(k));
       field.addEventListener("keydown", (event) => event.key === "Enter" && this.part());
       const chip = el("li", { className: `group ${tone(k)}`, "aria-current": k === this.active ? "true" : null },
-        el("button", { type: "button", className: "pick", title: `Put images into group ${letter(k)}${k < KEYS ? ` (key ${k + 1})` : ""}`, "aria-pressed": String(k === this.active), onclick: () => this.choose(k) },
+        el("button", { type: "button", className: "pick", title: `Put ${several()} into group ${letter(k)}${k < KEYS ? ` (key ${k + 1})` : ""}`, "aria-pressed": String(k === this.active), onclick: () => this.choose(k) },
           mark({ k, letter: letter(k) }), n), field);
       for (const kind of ["dragenter", "dragover"]) {
         chip.addEventListener(kind, (event) => {
@@ -228,7 +228,7 @@ class Bench {
     this.counts.forEach((place, k) => { place.textContent = String(groups[k].length); });
     const filled = groups.filter((group) => group.length).length;
     this.splitButton.disabled = filled < 2;
-    if (!this.busy) this.status.textContent = filled < 2 ? "Put images into two groups or more." : `${groups.flat().length} of ${this.tiles.length} images are in ${filled} groups.`;
+    if (!this.busy) this.status.textContent = filled < 2 ? `Put ${several()} into two groups or more.` : `${groups.flat().length} of ${this.tiles.length} ${several()} are in ${filled} groups.`;
   }
 
   // --- the split ---

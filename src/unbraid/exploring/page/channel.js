@@ -1,10 +1,10 @@
 // One channel: what excites it and each of its concept channels, and how well they keep apart.
-import { addressOf, ask, el, fetched, figures, referenceRows, state } from "/common.js";
+import { addressOf, ask, el, fetched, figures, referenceRows, several, state } from "/common.js";
 
 export async function showChannel(view, { channel }) {
   if (channel === null) {
     view.replaceChildren(el("p", { className: "empty" },
-      "Nothing was divided in this run. Enter a channel's number in the search to see its images and part it by hand."));
+      `Nothing was divided in this run. Enter a channel's number in the search to see its ${several()} and part it by hand.`));
     return;
   }
   const [here, found] = await fetched(view, () => ask("channel", { split: state.split, channel }));

@@ -24,6 +24,10 @@ export const mark = (concept) => el("span", { className: `mark ${tone(concept.k)
 /** What the page knows; where it is stands in the address, so that it can be gone back to. */
 export const state = { run: null, channels: [], split: "run", turn: 0 };
 
+/** What the run's lists are of: whole images, or places in them. */
+export const one = () => (state.run.ofPlaces ? "place" : "image");
+export const several = () => `${one()}s`;
+
 /** Show that a view is being fetched; true afterwards unless one has gone elsewhere meanwhile. */
 export async function fetched(view, work) {
   const turn = state.turn;
@@ -123,12 +127,12 @@ export function referenceRows(view) {
 }
 
 function strip(shots, concepts) {
-  if (!shots.length) return el("p", { className: "hint" }, "No images to show.");
+  if (!shots.length) return el("p", { className: "hint" }, `No ${several()} to show.`);
   return el("ol", { className: "shots" }, shots.map((shot) => {
     const of = shot.k >= 0 ? concepts[shot.k] : null;
-    const words = `${shot.label || "image"}, response summed over positions ${shot.response}`;
+    const words = `${shot.label || one()}, response${state.run.ofPlaces ? "" : " summed over positions"} ${shot.response}`;
     return el("li", { className: tone(shot.k) }, el("figure", {},
-      el("a", { className: "frame", href: addressOf("picture", { picture: shot.picture }), title: "Look at this picture" },
+      el("a", { className: "frame", href: addressOf("picture", { picture: shot.picture }), title: state.run.ofPlaces ? "Look at the whole picture" : "Look at this picture" },
         pictureOf(shot.picture, 192, shot.label)),
       el("figcaption", { title: words }, of ? mark(of) : null, " ", name(shot.label))));
   }));

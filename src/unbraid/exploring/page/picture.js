@@ -1,5 +1,5 @@
 // One picture: which concept channels it uses and where, and what becomes of the logits without.
-import { addressOf, ask, attempt, el, fetched, letter, mark, name, pictureOf, state, tell } from "/common.js";
+import { addressOf, ask, attempt, el, fetched, letter, mark, name, one, pictureOf, state, tell } from "/common.js";
 
 const MOST = 2; // of a gate
 let gates = {}; // by concept channel, of this page alone
@@ -36,7 +36,7 @@ export async function showPicture(view, { picture, channel }) {
   const rows = found.rows.map((row) => conceptRow(row, moved));
   view.replaceChildren(
     el("div", { className: "seen" },
-      el("figure", {}, el("span", { className: "frame plainly" }, pictureOf(picture, 480, found.name)), el("figcaption", {}, name(found.name))),
+      el("figure", {}, el("span", { className: "frame plainly" }, pictureOf(found.picture, 480, found.name)), el("figcaption", {}, name(found.name))),
       el("div", { className: "said" },
         el("h2", {}, head),
         el("p", { className: "hint" }, `○ before, ● with the gates below.${ofClass ? " The first choice is bold." : ""}`),
@@ -49,7 +49,7 @@ export async function showPicture(view, { picture, channel }) {
       reset, anotherButton()),
     el("ul", { className: "concepts" }, rows),
     el("p", { className: "hint below" },
-      `Share: part of all positive relevance in the layer for the ${ofClass ? "first choice" : "target"}. Percentile: part of the run's images that excite the channel less. A gate multiplies a concept channel: 0 switches it off, 1 leaves it.`),
+      `Share: part of all positive relevance in the layer for the ${ofClass ? "first choice" : "target"}. ${state.run.ofPlaces ? "" : "Percentile: part of the run's images that excite the channel less. "}A gate multiplies a concept channel: 0 switches it off, 1 leaves it.`),
   );
   draw(chart, found.logits);
   if (Object.keys(gates).length) move(chart, picture);
@@ -67,7 +67,7 @@ function invite(view) {
     state.run.explains && examples.length
       ? el("div", {}, el("p", { className: "hint" }, "Or take one of the run's own:"),
         el("ol", { className: "shots" }, examples.map((picture) => el("li", { className: "other" },
-          el("a", { className: "frame", href: addressOf("picture", { picture }), title: "Look at this picture" }, pictureOf(picture, 192, "an image of the run"))))))
+          el("a", { className: "frame", href: addressOf("picture", { picture }), title: "Look at this picture" }, pictureOf(picture, 192, `${one()} of the run`))))))
       : "",
   );
 }
