@@ -175,6 +175,7 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 
     rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
+    note(loaded.note)
     blank = loaded.transform(Image.new("RGB", (256, 256)))
     for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))

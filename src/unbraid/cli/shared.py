@@ -92,7 +92,6 @@ def load(network: Network) -> LoadedModel:
     loaded = load_model(network.model, network.weights, network.device)
     if network.names is not None:
         loaded = replace(loaded, names=read_names(network.names))
-    note(loaded.note)
     if network.output is not None:
         picked = with_logits(loaded.model, network.output)
         loaded = replace(loaded, model=picked, source={**loaded.source, "output": network.output})
@@ -135,8 +134,9 @@ def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[st
     """How to find network and images again, and how the images were divided if they were."""
     from unbraid.images.open import absolute
 
-    divided = {"divided": images.divided} if images.divided else {}
-    return {**loaded.source, "data": absolute(source), **divided}
+    told: dict[str, Any] = {"divided": images.divided} if images.divided else {}
+    told |= {"tensors": True} if images.of_tensors else {}
+    return {**loaded.source, "data": absolute(source), **told}
 
 
 def show_table(result: Tabular | Table) -> None:
