@@ -197,10 +197,10 @@ class ListedImages(Dataset[tuple[Any, int]]):
         try:
             made = self.transform(tensor)
         except Exception as error:  # of code of anyone's own
-            what = f"{shown}, of shape {shape} and {tensor.dtype},"
-            raise out_of_reach(shown, error) or DataError(
-                f"{what} cannot be brought to what the network takes ({brief(error)}); the "
-                "preprocessing is given the tensor of the file."
+            stops = out_of_reach(shown, error) is not None  # not this file's fault
+            raise (OutOfReach if stops else DataError)(
+                f"{shown}, of shape {shape} and {tensor.dtype}, cannot be brought to what the "
+                f"network takes ({brief(error)}); the preprocessing is given the file's tensor."
             ) from None
         floating = isinstance(made, Tensor) and made.is_floating_point()
         if floating and not made.isfinite().all():

@@ -16,7 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from unbraid.base.errors import DataError, UnfitPicture, UsageError, brief, out_of_reach
+from unbraid.base.errors import (
+    DataError,
+    UnfitPicture,
+    UsageError,
+    brief,
+    memory_full,
+    out_of_reach,
+)
 from unbraid.base.tables import one_line
 from unbraid.images.pictures import require_file
 from unbraid.images.tiff import TIFF, holds_bands, read_bands
@@ -93,7 +100,8 @@ def read_tensor(path: str) -> Tensor:
             "loaded)."
         ) from None
     except Exception as error:  # readers raise almost anything on damaged files
-        away = out_of_reach(shown, error)
+        of_system = isinstance(error, OSError) or memory_full(error)
+        away = out_of_reach(shown, error) if of_system else None
         raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
 
 

@@ -21,11 +21,14 @@ from unbraid.base.tables import one_line
 TIFF = (".tif", ".tiff")
 _COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 4: 1, 5: 4, 6: 3, 8: 3}  # samples, by what a TIFF says they are
 _GREY = (0, 1)
-_EXTRA_SAMPLES, _UNSPECIFIED = 338, 0
-_DESCRIPTION = 270
+_KIND, _DESCRIPTION, _N_SAMPLES, _EXTRA_SAMPLES = _NEEDED_TAGS = 262, 270, 277, 338
+_UNSPECIFIED = 0  # of an extra sample that is no transparency
+_BIG = 43  # of BigTIFF, whose offsets have 8 bytes
 _STACKS = ("ImageJ=", '{"shape"', "<?xml", "<OME")  # how a description of several pages begins
 _MOST_BYTES = 2**32  # of numbers: a few bytes may stand for any number of them
 _NEEDED = 'install what reads them, pip install "unbraid[tiff]", and start again'
+
+_Tags = dict[int, Any]  # of a page, None where it lacks one
 
 
 def holds_bands(path: str) -> bool | None:
@@ -35,33 +38,43 @@ def holds_bands(path: str) -> bool | None:
     belong together, as tifffile, ImageJ and OME write them.
     """
     try:
-        with warnings.catch_warnings(), open(path, "rb") as file:
-            warnings.simplefilter("ignore")
-            head = file.read(8)
-            if head[2] == 43:  # BigTIFF
-                head += file.read(8)
-            tags = Tiff.ImageFileDirectory_v2(head)
-            file.seek(tags.next)
-            tags.load(file)
-            if tags.next and _is_stack(tags.get(_DESCRIPTION)):
-                return True
-            return _has_bands(tags)
+        first = _read_tags(path, 2)
+        return (len(first) > 1 and _is_stack(first[0])) or _has_bands(first[0])
     except Exception:  # a damaged file fails in any way
         return None
 
 
-def _is_stack(description: Any) -> bool:
+def _read_tags(path: str, most: int | None = None) -> list[_Tags]:
+    """Read what is needed of each page's tags; ValueError if the pages do not come to an end."""
+    found: list[_Tags] = []
+    seen = set[int]()
+    with warnings.catch_warnings(), open(path, "rb") as file:
+        head = file.read(8)
+        if head[2] == _BIG:
+            head += file.read(8)
+        tags = Tiff.ImageFileDirectory_v2(head)
+        while tags.next and len(found) != most:
+            if tags.next in seen:
+                raise ValueError("its pages lead round in a circle")
+            seen.add(tags.next)
+            file.seek(tags.next)
+            warnings.simplefilter("error")  # as of tags that are cut off
+            tags.load(file)
+            warnings.simplefilter("ignore")
+            found.append({tag: tags.get(tag) for tag in _NEEDED_TAGS})
+    return found
+
+
+def _is_stack(tags: _Tags) -> bool:
     """Whether a first page's description says that the pages after it belong to it."""
-    text = str(description or "").lstrip()
+    text = str(tags[_DESCRIPTION] or "").lstrip()
     return text.startswith(_STACKS) and (not text.startswith("<?xml") or "<OME" in text)
 
 
-def _has_bands(tags: Tiff.ImageFileDirectory_v2) -> bool:
+def _has_bands(tags: _Tags) -> bool:
     """Whether a page has more samples than a picture."""
-    kind = int(tags.get(Tiff.PHOTOMETRIC_INTERPRETATION, 1))
-    n_samples = int(tags.get(Tiff.SAMPLESPERPIXEL, 1))
+    kind, n_samples, said = tags[_KIND] or 0, tags[_N_SAMPLES] or 1, tags[_EXTRA_SAMPLES]
     n_extra = n_samples - _COLOURS.get(kind, n_samples)
-    said = tags.get(_EXTRA_SAMPLES)
     if n_extra == 1 and said is None:  # of colours that is a transparency, as writers forget
         return kind in _GREY
     values = said if isinstance(said, tuple) else (said,)
@@ -82,8 +95,9 @@ def read_bands(path: str) -> Tensor:
         raise UnfitPicture(f"{shown} is a TIFF of several bands; {_NEEDED}.") from None
     with _quiet(), tifffile.TiffFile(path) as file:
         first = file.pages[0]
-        is_stack = len(file.pages) > 1 and _is_stack(getattr(first, "description", ""))
-        part = file.series[0] if is_stack else first
+        tags = _read_tags(path)
+        is_stack = len(tags) > 1 and _is_stack(tags[0])
+        part: Any = file.series[0] if is_stack else first
         if is_stack and part.is_multifile:
             raise ValueError("its other bands lie in other files")
         if math.prod(part.shape) * part.dtype.itemsize > _MOST_BYTES:
