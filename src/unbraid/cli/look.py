@@ -176,7 +176,7 @@ def explain(
 
     Args:
         images: Picture files; or tensors as the network takes them, of one image or several, as
-            .npy, .pt or .safetensors.
+            .npy, .pt or .safetensors; or files like those of a run over tensors.
         n: Concept channels to show per image, those with the largest shares.
         out: Folder to write into. By default RUN/explained.
     """

@@ -90,8 +90,8 @@ def run(
     OUT/settings-2 and so on.
 
     Args:
-        data: Folder with train and val. Each is a folder of images, with or without class folders,
-            a list (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise,
+        data: Folder with train and val. Each is a folder of images, with or without class folders
+            (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several bands), a list (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise,
             and FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
             `unbraid scan` takes is divided: a fifth of the images becomes validation.
         labels: What gives an image its class: its folder (given), the network (predicted) or
@@ -199,7 +199,8 @@ def scan(
     Several processes share the work with `torchrun --nproc-per-node 8 -m unbraid scan ...`.
 
     Args:
-        data: Folder of images, with or without class folders; a list of images (CSV, Parquet);
+        data: Folder of images (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several
+            bands), with or without class folders; a list of images (CSV, Parquet);
             shards (FILE.tar, a folder of them, train-{000..012}.tar, a URL); hf:FOLDER; or
             FILE.py:FUNCTION.
     """

@@ -33,7 +33,7 @@ _LAYERS = "A layer that `unbraid layers` lists, a pattern such as 'layer4.*', or
 _MODEL = (
     "torchvision:NAME, timm:NAME or FILE.py:FUNCTION. The function returns the network, (network, "
     "preprocessing) or (network, preprocessing, output names). Without preprocessing, unbraid uses "
-    "that of ImageNet."
+    "that of ImageNet for pictures, and gives tensors as they are."
 )
 _WEIGHTS = "A safetensors or torch file, a name of torchvision weights, or 'random'."
 _OUTPUT = "Key or index of the logits, if the network returns more than logits (-1: the last)."

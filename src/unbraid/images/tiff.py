@@ -117,7 +117,7 @@ def read_bands(path: str) -> Tensor:
 def _require_all(pages: Any, size: int) -> None:
     """Raise ValueError unless all of a file's pixels lie in it; tifffile would fill them up."""
     for page in pages:
-        ends = map(sum, zip(page.dataoffsets, page.databytecounts, strict=False))
+        ends = page and map(sum, zip(page.dataoffsets, page.databytecounts, strict=False))
         if page is None or max(ends, default=0) > size:
             raise ValueError("it is cut off")
 

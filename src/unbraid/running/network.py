@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
 from unbraid.images.listing import Items, ListedImages, Listing, files_at
 from unbraid.images.own import is_own
-from unbraid.images.tensors import hold_tensors, read_tensor, read_tensor_file
+from unbraid.images.tensors import AsTheyAre, hold_tensors, read_tensor, read_tensor_file
 from unbraid.images.tiff import TIFF
 from unbraid.networks.given import as_batch
 from unbraid.networks.models import LoadedModel, load_model
@@ -98,12 +98,14 @@ def open_pictures(
             listing, loaded.tensor_transform if n_of_tensors else loaded.transform
         )
     else:
-        images = _of_tensors(paths, loaded)
+        images = _of_tensors(paths, loaded, AsTheyAre() if as_in_files else lambda tensor: tensor)
     draw_by(images, bands)
     return images
 
 
-def _of_tensors(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
+def _of_tensors(
+    paths: Sequence[Path], loaded: LoadedModel, prepare: Callable[[Tensor], Tensor]
+) -> ListedImages:
     """Images of files that hold a tensor each, of one image or several."""
     items: list[tuple[Tensor, int]] = []
     names: list[str] = []
@@ -114,7 +116,7 @@ def _of_tensors(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
         held = [read_tensor(str(path))] if is_tiff else numbers_in(read_tensor_file(path))
         if len(held) != 1:
             raise DataError(f"{path} holds {len(held)} tensors; give a file with one.")
-        batch = as_batch(held[0], loaded.model)
+        batch = as_batch(prepare(held[0]), loaded.model)
         items += [(image, UNLABELLED) for image in batch]
         several = len(batch) > 1
         names += [f"{path} {k}" if several else str(path) for k in range(len(batch))]
