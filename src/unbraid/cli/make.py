@@ -91,8 +91,9 @@ def run(
 
     Args:
         data: Folder with train and val. Each is a folder of images, with or without class folders
-            (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several bands), a list (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise,
-            and FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
+            (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several bands), a list
+            (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise, and
+            FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
             `unbraid scan` takes is divided: a fifth of the images becomes validation.
         labels: What gives an image its class: its folder (given), the network (predicted) or
             nothing (none).
