@@ -14,6 +14,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torchvision import models
@@ -87,6 +88,18 @@ def build_scores():
     return Scores(), preprocess, CLASSES
 '''
 
+OF_TENSORS = '''
+"""A network of tensors."""
+import torch
+from torch import nn
+
+def build():
+    torch.manual_seed(0)
+    layers = nn.{kind}({n}, 8, 5), nn.ReLU(), nn.{kind}(8, 8, 5), nn.ReLU()
+    pooled = nn.Flatten(2), nn.AdaptiveAvgPool1d(1), nn.Flatten()
+    return nn.Sequential(*layers, *pooled, nn.Linear(8, 2))
+'''
+
 
 class Place:
     """A folder with what the commands ask for; what was run there is not run again."""
@@ -105,11 +118,25 @@ class Place:
                         file.parent.mkdir(parents=True, exist_ok=True)
                         images.picture(k).save(file)
         load_images("test").picture(0).save(folder / "photo.png")
+        self._write_tensors("sounds", "Conv1d", (1, 2000), ("bell", "drum"))
+        self._write_tensors("fields", "Conv2d", (6, 16, 16), ("maize", "wheat"))
         hub = folder / "torch/hub/checkpoints"
         hub.mkdir(parents=True)
         torch.save(models.resnet50().state_dict(), hub / "random")
         for weights in models.ResNet50_Weights:
             os.link(hub / "random", hub / Path(weights.url).name)
+
+    def _write_tensors(
+        self, name: str, kind: str, shape: tuple[int, ...], classes: tuple[str, ...]
+    ) -> None:
+        (self.folder / f"{name}.py").write_text(OF_TENSORS.format(kind=kind, n=shape[0]))
+        drawn = np.random.default_rng(0)
+        for label, own in enumerate(classes):
+            for part, n in (("train", 20), ("val", 10)):
+                (self.folder / name / part / own).mkdir(parents=True)
+                for k in range(n):
+                    values = drawn.normal(label, 1 + label, shape).astype(np.float32)
+                    np.save(self.folder / name / part / own / f"{k}.npy", values)
 
     def run(self, command: Command) -> None:
         """Run a command with its placeholders filled in, and look at what it leaves and says."""

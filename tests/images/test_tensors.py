@@ -1,12 +1,22 @@
-"""Files of tensors are read whatever the case of their names, and damaged ones are refused."""
+"""Files of tensors: read whatever the case of their names, damaged ones told, no code run."""
+
+import os
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
+from tensor_folders import save, write
 
-from unbraid.base.errors import UsageError
-from unbraid.images.tensors import read_tensor_file
+import unbraid
+from unbraid.base.errors import DataError, OutOfReach, UnfitPicture, UsageError
+from unbraid.images.dataset import picture_of
+from unbraid.images.identity import fingerprint, preprocessing_of
+from unbraid.images.open import images_for, images_like
+from unbraid.images.tensors import hold_tensors, read_tensor, read_tensor_file
+from unbraid.networks.models import LoadedModel
 
 ONE = torch.arange(24.0).reshape(2, 3, 4)
 
@@ -25,6 +35,8 @@ def test_endings_in_capitals_are_read(tmp_path):
     assert torch.equal(read_tensor_file(tmp_path / "one.NPY"), ONE)
     assert torch.equal(read_tensor_file(tmp_path / "one.SAFETENSORS")["one"], ONE)
     assert torch.equal(read_tensor_file(tmp_path / "one.PT"), ONE)
+    for path in tmp_path.iterdir():
+        assert torch.equal(read_tensor(str(path)), ONE)
 
 
 def test_a_damaged_file_is_refused_by_name(tmp_path):
@@ -40,6 +52,9 @@ def test_a_damaged_file_is_refused_by_name(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         with pytest.raises(UsageError, match=rf"{path.name} cannot be read \(it is damaged or "):
             read_tensor_file(path)
+        with pytest.raises(DataError, match=rf"^Image .*{path.name} cannot be read \(") as caught:
+            read_tensor(str(path))
+        assert type(caught.value) is DataError  # which may be left out
 
 
 def test_what_holds_more_than_tensors_is_not_said_to_be_trusted(tmp_path):
@@ -50,3 +65,192 @@ def test_what_holds_more_than_tensors_is_not_said_to_be_trusted(tmp_path):
             read_tensor_file(tmp_path / name)
         assert "weights_only" not in str(caught.value)
         assert "allow_pickle" not in str(caught.value)
+
+
+class Runs:
+    """Makes a folder where it is loaded."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+def test_no_code_in_a_file_is_run(tmp_path):
+    bad = tmp_path / "made"
+    torch.save(Runs(bad), tmp_path / "new.pt")
+    torch.save(Runs(bad), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps(Runs(bad)))
+    np.save(tmp_path / "array.npy", np.array([Runs(bad)]), allow_pickle=True)
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(DataError, match="holds Python objects, which are never loaded"):
+            read_tensor(str(path))
+        assert not bad.exists()
+    pickle.loads((tmp_path / "bare.pt").read_bytes())  # as it would have been
+    assert bad.exists()
+
+
+CUT = ("npy", "pt", "safetensors")
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_a_file_cut_off_anywhere_is_broken(kind, tmp_path):
+    whole = tmp_path / f"whole.{kind}"
+    save(whole, ONE)
+    content = whole.read_bytes()
+    for at in (*range(0, len(content), 97), len(content) - 1):
+        whole.write_bytes(content[:at])
+        with pytest.raises(DataError, match="cannot be read") as caught:
+            read_tensor(str(whole))
+        assert type(caught.value) is DataError
+    whole.write_bytes(content)
+    assert torch.equal(read_tensor(str(whole)), ONE)
+
+
+def test_what_is_no_tensor_of_real_numbers_is_told(tmp_path):
+    np.save(tmp_path / "text.npy", np.array(["a"]))
+    np.save(tmp_path / "fields.npy", np.zeros(2, [("a", "f4"), ("b", "f4")]))
+    np.save(tmp_path / "complex.npy", np.zeros((2, 3), complex))
+    np.save(tmp_path / "number.npy", np.float32(1))
+    np.save(tmp_path / "none.npy", np.zeros((0, 3)))
+    torch.save(ONE.to_sparse(), tmp_path / "sparse.pt")
+    torch.save([ONE, ONE], tmp_path / "two.pt")
+    save_file({"one": ONE, "other": ONE.clone()}, tmp_path / "two.safetensors")
+    told = {
+        **{"text": "holds <U1, not numbers", "fields": "not numbers", "sparse": "sparse_coo"},
+        **{"complex": "complex128, not real", "number": r"shape \(\)", "none": r"shape \(0, 3\)"},
+        "two": "holds 2 tensors, and an image is one",
+    }
+    for path in tmp_path.iterdir():
+        with pytest.raises(DataError, match=told[path.stem]):
+            read_tensor(str(path))
+    os.mkfifo(tmp_path / "pipe.npy")
+    with pytest.raises(DataError, match="no regular file"):
+        read_tensor(str(tmp_path / "pipe.npy"))
+    with pytest.raises(OutOfReach, match=r"folder .*gone is gone or empty"):
+        read_tensor(str(tmp_path / "gone/1.npy"))
+
+
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">u2", "<u4", "<i8", ">f4", "<f8", "<f2", "?"])
+def test_numbers_of_any_type_go_in_as_float32_and_are_not_scaled(dtype, tmp_path):
+    values = np.arange(24).reshape(2, 3, 4).astype(dtype)
+    (tmp_path / "a").mkdir()
+    np.save(tmp_path / "a/0.npy", np.asfortranarray(values))
+    image, label = unbraid.open_images(tmp_path)[0]
+    assert image.dtype == torch.float32
+    assert np.array_equal(image.numpy(), values.astype("f4"))
+    assert label == 0
+    given = unbraid.open_images(tmp_path, transform=lambda tensor: tensor)[0][0]
+    assert np.array_equal(given.numpy(), values)
+    assert given.numpy().dtype == values.dtype.newbyteorder("=")
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_folders_lists_and_parts_of_tensors_are_as_those_of_pictures(kind, tmp_path):
+    root = write(tmp_path / "all", kind, 6)
+    images = unbraid.open_images(root)
+    assert images.ids[:2] == [f"ant/0.{kind}", f"ant/1.{kind}"]
+    assert (images.classes, images.targets) == (["ant", "bee", "cow"], [0] * 6 + [1] * 6 + [2] * 6)
+    assert picture_of(images, 0) is None
+    assert preprocessing_of(images) == "tensors as they lie in their files, as float32"
+    rows = [f"{one},{one[:3]}" for one in images.ids]
+    (root / "list.csv").write_text("\n".join(["path,label", *rows]))
+    sources = {"memory": images, "list": unbraid.open_images(root / "list.csv")}
+    sources["file"] = unbraid.open_images(root, listed=tmp_path / "out/list.safetensors")
+    for other in sources.values():
+        assert other.of_tensors
+        assert list(other.ids) == images.ids
+        assert torch.equal(other[7][0], images[7][0])
+        assert fingerprint(other, other.targets) == fingerprint(images, images.targets)
+    train, val = (unbraid.open_images(f"{root}/{part}") for part in ("train", "val"))
+    assert len(train) + len(val) == 18
+    assert torch.equal(val[0][0], images[images.ids.index(val.ids[0])][0])
+    flat = unbraid.open_images(root / "ant")
+    assert (flat.targets, flat.of_tensors) == ([-1] * 6, True)
+    before = fingerprint(images, images.targets)
+    (root / "ant" / f"0.{kind}").write_bytes(b"")
+    assert fingerprint(unbraid.open_images(root), images.targets) != before
+
+
+def test_tensors_beside_pictures_are_refused(tmp_path):
+    root = write(tmp_path / "all", "npy", 2)
+    Image.new("RGB", (4, 4)).save(root / "bee/a.png")
+    for where in (root, root / "bee"):
+        with pytest.raises(DataError, match=r"both tensors, such as .*\.npy, and pictures, such"):
+            unbraid.open_images(where)
+    (root / "list.csv").write_text("path,label\nbee/a.png,1\nbee/0.npy,1\n")
+    with pytest.raises(DataError, match=r"list\.csv holds both tensors"):
+        unbraid.open_images(root / "list.csv")
+    (root / "bee/a.png").rename(root / "cover.png")
+    with pytest.raises(DataError, match=r"of its own, such as cover\.png, and 6 in folders"):
+        unbraid.open_images(root)
+    (root / "cover.png").unlink()
+    (root / "ant/train-000.tar").touch()
+    with pytest.raises(DataError, match=r"both tar files, such as train-000\.tar, and images"):
+        unbraid.open_images(root / "ant")
+
+
+def test_validation_pictures_of_training_tensors_are_refused(tmp_path):
+    train = unbraid.open_images(write(tmp_path / "train", "npy", 2))
+    (tmp_path / "val/ant").mkdir(parents=True)
+    Image.new("RGB", (4, 4)).save(tmp_path / "val/ant/a.png")
+    with pytest.raises(DataError, match=r"training images are tensors, and .* holds pictures"):
+        images_like(train, str(tmp_path / "val"))
+
+
+def test_a_picture_among_tensors_by_a_list_of_tiffs_is_told(tmp_path):
+    with pytest.raises(UnfitPicture, match=r"a\.png is a picture, and the first"):
+        read_tensor(str(tmp_path / "a.png"))
+
+
+def test_a_tensor_unlike_the_first_is_broken(tmp_path):
+    root = write(tmp_path / "all", "npy", 3)
+    np.save(root / "bee/1.npy", np.zeros((3, 64), "f4"))
+    np.save(root / "bee/2.npy", np.zeros((1, 2, 64), "f4"))
+    np.save(root / "cow/0.npy", np.full((2, 64), np.nan, "f4"))
+    np.save(root / "cow/1.npy", np.full((2, 64), 1e300))
+    images = unbraid.open_images(root)
+    for index, words in (
+        (4, r"bee/1.npy is of shape \(3, 64\), and .*ant/0.npy of shape \(2, 64\); give all"),
+        (5, r"bee/2.npy is of shape \(1, 2, 64\)"),
+        (6, r"cow/0.npy cannot be read \(it holds NaN or infinite numbers\)"),
+        (7, r"cow/1.npy cannot be read \(it holds NaN or infinite numbers\)"),
+    ):
+        with pytest.raises(DataError, match=words):
+            images[index]
+    assert images[8][0].shape == (2, 64)
+    mended = unbraid.open_images(root, transform=lambda tensor: tensor.nan_to_num().sum()[None])
+    assert all(mended[k][0].shape == (1,) for k in range(9))
+
+
+def test_preprocessing_that_fails_on_a_tensor_is_told_with_its_shape(tmp_path):
+    images = unbraid.open_images(write(tmp_path / "a", "npy", 2), transform=lambda one: one.resize)
+    assert callable(images[0][0])
+    images.transform = lambda tensor: tensor.convert("RGB")
+    with pytest.raises(DataError, match=r"ant/0.npy, of shape \(2, 64\) and torch.float32, cannot"):
+        images[0]
+
+
+def test_what_is_done_with_tensors_is_said(tmp_path):
+    root = str(write(tmp_path / "all", "npy", 2))
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(128, 3))
+    loaded = LoadedModel(network, lambda picture: 1 / 0, (), {}, note="ImageNet's is assumed.")
+    images, note = images_for(loaded, root)
+    assert note.startswith("The files hold tensors; each goes into the network as it is, as float3")
+    assert images[0][0].shape == (2, 64)
+    own = LoadedModel(network, lambda picture: 1 / 0, (), {}, tensor_transform=lambda one: one * 2)
+    doubled, note = images_for(own, root)
+    assert "goes through the preprocessing that your function returns" in note
+    assert torch.equal(doubled[3][0], 2 * images[3][0])
+    for path in (tmp_path / "all").glob("*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"ant/0\.npy cannot be read .* Mend or remove it"):
+        images_for(loaded, root)
+
+
+def test_the_first_name_says_what_files_hold():
+    assert hold_tensors(["a/0.NPY", "a/1.png"])
+    assert not hold_tensors(["a/0.png", "a/1.npy"])
+    assert not hold_tensors(["a/none.tif", "a/0.png"])
+    assert not hold_tensors([])

@@ -176,7 +176,7 @@ def explain(
 
     Args:
         images: Picture files; or tensors as the network takes them, of one image or several, as
-            .npy, .pt or .safetensors.
+            .npy, .pt or .safetensors; or files like those of a run over tensors.
         n: Concept channels to show per image, those with the largest shares.
         out: Folder to write into. By default RUN/explained.
     """
@@ -194,11 +194,13 @@ def explain(
     split, target = ran.split, ran.target
     unbraid.keep_memory()
     loaded = load_again(ran.settings.source, model, weights, device)
-    note(loaded.note)
+    source = ran.settings.source
     if any(not is_tensor_file(path) for path in images):
-        note(prepared_otherwise(ran.settings.source))
+        note(loaded.note)
+        note(prepared_otherwise(source))
     model2 = unbraid.apply(loaded.model, split)
-    pictures = open_pictures(images, loaded, read_bands(bands))
+    as_in_files = bool(source.get("tensors"))
+    pictures = open_pictures(images, loaded, read_bands(bands), as_in_files=as_in_files)
     explained = unbraid.explain(model2, pictures, classes=classes or [], n=n, target=target)
     tables = [own.table() for own in explained.images]
     shown = [replace(table, note="") for table in tables]

@@ -90,9 +90,10 @@ def run(
     OUT/settings-2 and so on.
 
     Args:
-        data: Folder with train and val. Each is a folder of images, with or without class folders,
-            a list (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise,
-            and FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
+        data: Folder with train and val. Each is a folder of images, with or without class folders
+            (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several bands), a list
+            (train.csv, train.parquet) or a shard (train.tar). hf:FOLDER holds both likewise, and
+            FILE.py:FUNCTION returns data sets of tensors (docs/data.md). All else that
             `unbraid scan` takes is divided: a fifth of the images becomes validation.
         labels: What gives an image its class: its folder (given), the network (predicted) or
             nothing (none).
@@ -175,6 +176,7 @@ def layers(model: Model, *, weights: Weights = "random", output: Output = None) 
 
     rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
+    note(loaded.note)
     blank = loaded.transform(Image.new("RGB", (256, 256)))
     for spec in usable_layers(loaded.model, blank[None]):
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
@@ -198,7 +200,8 @@ def scan(
     Several processes share the work with `torchrun --nproc-per-node 8 -m unbraid scan ...`.
 
     Args:
-        data: Folder of images, with or without class folders; a list of images (CSV, Parquet);
+        data: Folder of images (pictures, or tensors as .npy, .pt, .safetensors or TIFFs of several
+            bands), with or without class folders; a list of images (CSV, Parquet);
             shards (FILE.tar, a folder of them, train-{000..012}.tar, a URL); hf:FOLDER; or
             FILE.py:FUNCTION.
     """

@@ -33,7 +33,7 @@ _LAYERS = "A layer that `unbraid layers` lists, a pattern such as 'layer4.*', or
 _MODEL = (
     "torchvision:NAME, timm:NAME or FILE.py:FUNCTION. The function returns the network, (network, "
     "preprocessing) or (network, preprocessing, output names). Without preprocessing, unbraid uses "
-    "that of ImageNet."
+    "that of ImageNet for pictures, and gives tensors as they are."
 )
 _WEIGHTS = "A safetensors or torch file, a name of torchvision weights, or 'random'."
 _OUTPUT = "Key or index of the logits, if the network returns more than logits (-1: the last)."
@@ -92,7 +92,6 @@ def load(network: Network) -> LoadedModel:
     loaded = load_model(network.model, network.weights, network.device)
     if network.names is not None:
         loaded = replace(loaded, names=read_names(network.names))
-    note(loaded.note)
     if network.output is not None:
         picked = with_logits(loaded.model, network.output)
         loaded = replace(loaded, model=picked, source={**loaded.source, "output": network.output})
@@ -135,8 +134,9 @@ def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[st
     """How to find network and images again, and how the images were divided if they were."""
     from unbraid.images.open import absolute
 
-    divided = {"divided": images.divided} if images.divided else {}
-    return {**loaded.source, "data": absolute(source), **divided}
+    told: dict[str, Any] = {"divided": images.divided} if images.divided else {}
+    told |= {"tensors": True} if images.of_tensors else {}
+    return {**loaded.source, "data": absolute(source), **told}
 
 
 def show_table(result: Tabular | Table) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torch.utils.data import Dataset
 
@@ -16,7 +16,7 @@ from unbraid.measuring.results import ChannelEvaluation, read_channels
 from unbraid.networks.models import LoadedModel
 from unbraid.reporting.crops import Crops
 from unbraid.running.finished import Run
-from unbraid.running.network import load_again, prepared_otherwise
+from unbraid.running.network import changes_tensors, load_again, prepared_otherwise
 from unbraid.scanning.records import Scan
 from unbraid.scanning.targets import Scalar, read_target
 from unbraid.splitting.splits import Split
@@ -109,6 +109,12 @@ def open_run(
     named = model or weights or device
     network = load() if named else attempt(load, unexplained)
     target = attempt(lambda: target_of(run), unexplained)
+
+    def of_part(part: Literal["train", "val"], scan: Scan) -> Dataset[Any]:
+        if changes_tensors(run, network):
+            return _around(run.images_of(part, network), scan)
+        return _around(run.train_images if part == "train" else run.images, scan)
+
     otherwise = prepared_otherwise(run.settings.source)
     if otherwise and network is not None and target is not None:
         missing.append(otherwise)
@@ -119,12 +125,10 @@ def open_run(
         target,
         train_scan,
         val_scan,
-        attempt(
-            lambda: _around(run.train_images, train_scan), "Training images stay without pictures"
-        )
+        attempt(lambda: of_part("train", train_scan), "Training images stay without pictures")
         if train_scan
         else None,
-        attempt(lambda: _around(run.images, val_scan), "Reference images stay without pictures")
+        attempt(lambda: of_part("val", val_scan), "Reference images stay without pictures")
         if val_scan
         else None,
         attempt(lambda: measured_in(run), "Channels are measured again") or () if val_scan else (),

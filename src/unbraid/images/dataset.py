@@ -20,6 +20,7 @@ from unbraid.images.mapped import Chosen, Numbers, Texts
 One = TypeVar("One")
 
 N_TRIED = 16  # images, evenly spaced, that stand for all
+_READERS = ("picture", "file_tensor")  # by index
 _OF_LABELS = ("targets", "labels", "_labels")
 
 
@@ -37,7 +38,7 @@ class Around(Dataset[tuple[Any, int]]):
         if name == "dataset":  # not yet there, as in a copy being made
             raise AttributeError(name)
         kept = getattr(self.dataset, name)
-        return (lambda index: kept(self.source(index))) if name == "picture" else kept
+        return (lambda index: kept(self.source(index))) if name in _READERS else kept
 
     def source(self, index: int) -> int:
         """Return the index in `dataset` of an image of this one."""

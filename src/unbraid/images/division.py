@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from unbraid.base.errors import DataError
 from unbraid.base.tables import count, one_line
@@ -36,7 +35,7 @@ class Divided:
     read: Reader
     indices: list[int]
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> Any:
         """Read one image."""
         return self.read(self.indices[index])
 
@@ -83,7 +82,7 @@ def divide(whole: Listing, part: str) -> Listing:
     ids = _take(whole.ids, own)
     read: Reader
     if isinstance(whole.read, Files):
-        read = Files(_take(whole.read.paths, own))
+        read = replace(whole.read, paths=_take(whole.read.paths, own), sizes=None)
     elif isinstance(whole.read, Members):
         places = array("q", as_array(whole.read.places).reshape(-1, 3)[own].tobytes())
         read = Members(whole.read.shards, whole.read.stamps, ids, places)

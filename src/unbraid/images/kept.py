@@ -19,7 +19,7 @@ from unbraid.base.errors import DataError
 from unbraid.base.files import remove_leftovers, write_through
 from unbraid.base.team import is_first, join_team
 from unbraid.images.division import TRAIN, VAL, divide
-from unbraid.images.listing import Files, Listing, look_at, seen_from, walk_folder
+from unbraid.images.listing import Files, Listing, files_at, look_at, seen_from, walk_folder
 from unbraid.images.mapped import (
     BLOCK,
     CHECKSUMS,
@@ -315,9 +315,9 @@ def read_list(mapped: Mapped) -> Listing:
         stamps = [(stamp[k], stamp[k + 1], stamp[k + 2]) for k in range(0, len(stamp), 3)]
         read = Members(mapped.texts("shard"), stamps, ids, Numbers(mapped, "place"))
     elif "path_start" in mapped.columns:
-        read = Files(Texts(mapped, "path"), sizes)
+        read = files_at(Texts(mapped, "path"), sizes)
     else:
-        read = Files(Texts(mapped, "id", os.path.join(root, "")), sizes)
+        read = files_at(Texts(mapped, "id", os.path.join(root, "")), sizes)
     return Listing(
         source=about["source"],
         ids=ids,

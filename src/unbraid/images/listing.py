@@ -8,22 +8,40 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
 from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import DataError, OutOfReach, is_of_file, out_of_reach
+from unbraid.base.errors import (
+    DataError,
+    OutOfReach,
+    UnfitPicture,
+    brief,
+    is_of_file,
+    out_of_reach,
+)
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names
 from unbraid.images.mapped import Numbers, Pairs, Texts, distinct
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
+from unbraid.images.tensors import (
+    TENSORS,
+    AsTheyAre,
+    first_of,
+    hold_tensors,
+    read_tensor,
+    refuse_both,
+)
+from unbraid.images.tiff import TIFF, holds_bands
 from unbraid.networks.class_names import LONGEST, number_in, output_number
 
-Transform = Callable[[Image.Image], Any]
-Reader = Callable[[int], Image.Image]
+Transform = Callable[[Any], Any]  # from an RGB picture or a tensor
+Reader = Callable[[int], Any]  # to either
 
 # Folders that systems, file servers and archives leave beside what is in them.
 _OF_PROGRAMS = {"__MACOSX", "__pycache__", "@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found"}
@@ -35,14 +53,27 @@ class Files:
 
     paths: Sequence[str]
     sizes: Sequence[int] | None = None  # bytes, -1 for a file that was gone
+    of_tensors: bool = False  # not of pictures
 
-    def __call__(self, index: int) -> Image.Image:
+    def __call__(self, index: int) -> Image.Image | Tensor:
         """Read one image."""
         path = self.paths[index]
         found = None if self.sizes is None else look_at(path, f"Image {path}")
         if found is not None and self.sizes is not None and found.st_size != self.sizes[index]:
             raise OutOfReach(f"{path} was changed since it was listed; start again.")
+        if self.of_tensors:
+            return read_tensor(path)
+        if path.lower().endswith(TIFF) and holds_bands(path):
+            raise UnfitPicture(
+                f"Image {one_line(path)} is a TIFF of several bands, and the first of the images "
+                "is a picture; move one or the other elsewhere."
+            )
         return read_picture(path)
+
+
+def files_at(paths: Sequence[str], sizes: Sequence[int] | None = None) -> Files:
+    """Take files for pictures or tensors, whichever the first one is."""
+    return Files(paths, sizes, hold_tensors(paths))
 
 
 @dataclass(frozen=True)
@@ -78,6 +109,11 @@ class Listing:
         used = distinct(self.class_of)
         seen = self.seen or [name for k, name in enumerate(self.classes) if k in used]
         return Classes(self.classes, self.source, seen, of_folders=self.root is not None)
+
+    @property
+    def of_tensors(self) -> bool:
+        """Whether its files hold tensors."""
+        return isinstance(self.read, Files) and self.read.of_tensors
 
 
 class ListedImages(Dataset[tuple[Any, int]]):
@@ -116,6 +152,10 @@ class ListedImages(Dataset[tuple[Any, int]]):
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
         self.transform, self.divided = transform, listing.divided
         self._read = listing.read
+        self.of_tensors = listing.of_tensors
+        self.unprepared = False  # whether tensors are not as a network was given them
+        if self.of_tensors and transform is None:
+            self.transform = AsTheyAre()
         if isinstance(listing.read, Items):
             self.transform, self.bands = None, listing.read.bands
         if isinstance(listing.read, Files) and listing.root is not None:
@@ -134,8 +174,45 @@ class ListedImages(Dataset[tuple[Any, int]]):
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         """Read one image."""
-        picture = self._read(index)
-        return (picture if self.transform is None else self.transform(picture)), self.targets[index]
+        image = self._read(index)
+        if self.of_tensors:
+            image = self._prepared(image, index)
+        elif self.transform is not None:
+            image = self.transform(image)
+        return image, self.targets[index]
+
+    def _prepared(self, tensor: Tensor, index: int) -> Any:
+        """Bring a tensor out of a file to what the network takes; DataError if it is unlike it."""
+        assert isinstance(self._read, Files)
+        assert self.transform is not None
+        path = self._read.paths[index]
+        shown, shape = f"Image {one_line(path)}", tuple(tensor.shape)
+        if isinstance(self.transform, AsTheyAre):
+            name, first = self._first
+            if tensor.dim() != len(first) or (len(first) > 1 and shape[0] != first[0]):
+                raise DataError(
+                    f"{shown} is of shape {shape}, and {one_line(name)} of shape {first}; give all "
+                    "the same number of bands."
+                )
+        try:
+            made = self.transform(tensor)
+        except Exception as error:  # of code of anyone's own
+            stops = out_of_reach(shown, error) is not None  # not this file's fault
+            raise (OutOfReach if stops else DataError)(
+                f"{shown}, of shape {shape} and {tensor.dtype}, cannot be brought to what the "
+                f"network takes ({brief(error)}); the preprocessing is given the file's tensor."
+            ) from None
+        floating = isinstance(made, Tensor) and made.is_floating_point()
+        if floating and not made.isfinite().all():
+            raise DataError(f"{shown} cannot be read (it holds NaN or infinite numbers).")
+        return made
+
+    @cached_property
+    def _first(self) -> tuple[str, tuple[int, ...]]:
+        """The first file that can be read, and the shape of its tensor, which others are like."""
+        assert isinstance(self._read, Files)
+        found = first_of(self._read.paths)
+        return ("", ()) if found is None else (found[0], tuple(found[1].shape))
 
     def shown(self, index: int) -> tuple[Dataset[Any], int] | str | None:
         """What an item shows: an item of the data set inside, or a file; None where neither is."""
@@ -151,8 +228,15 @@ class ListedImages(Dataset[tuple[Any, int]]):
     @property
     def picture(self) -> Reader:
         """Reads one image, by index, as an RGB picture, before the transform."""
-        if isinstance(self._read, Items):
+        if self.of_tensors or isinstance(self._read, Items):
             raise AttributeError("These images are tensors, not pictures.")
+        return self._read
+
+    @property
+    def file_tensor(self) -> Reader:
+        """Reads one image, by index, as the tensor in its file, before the transform."""
+        if not self.of_tensors:
+            raise AttributeError("These images are no files of tensors.")
         return self._read
 
 
@@ -249,7 +333,7 @@ def list_folder(root: Path, with_classes: bool = True) -> Listing:
     return Listing(
         source=str(root),
         ids=[seen_from(str(root), path) for path in paths],
-        read=Files(paths),
+        read=files_at(paths),
         classes=classes,
         class_of=class_of,
         root=str(root),
@@ -262,12 +346,12 @@ def walk_folder(
     """The classes of a folder, and the images of each, with its number, as they are asked for."""
     shown = shown_in(root)
     classes = sorted(path.name for path in shown if path.is_dir()) if with_classes else []
-    own = sorted(path.name for path in shown if not path.is_dir() and _is_picture(path))
+    own = sorted(path.name for path in shown if not path.is_dir() and _is_image(path))
     if with_classes and not own and not classes:
         raise DataError(
             f"{root} has no class folders; put the images of each class into a folder of its own."
         )
-    n_below = sum(len(_pictures_below(root / name)) for name in classes) if own else 0
+    n_below = sum(len(_images_below(root / name)) for name in classes) if own else 0
     if n_below:
         raise DataError(
             f"{root} has {count(len(own), 'image')} of its own, such as {one_line(own[0])}, and "
@@ -275,10 +359,21 @@ def walk_folder(
             "or the other elsewhere."
         )
     if own or not classes:
-        return [], iter([(UNLABELLED, _some_below(root))])
+        return [], _of_one_kind(root, [(UNLABELLED, root)])
     for path in shown:
         _refuse_dangling(path)
-    return classes, ((k, _some_below(root / name)) for k, name in enumerate(classes))
+    return classes, _of_one_kind(root, [(k, root / name) for k, name in enumerate(classes)])
+
+
+def _of_one_kind(
+    root: Path, folders: Sequence[tuple[int, Path]]
+) -> Iterator[tuple[int, list[str]]]:
+    """The images of each folder, with its number; DataError of pictures beside tensors."""
+    first: str | None = None
+    for number, folder in folders:
+        found = _some_below(folder)
+        first = refuse_both(str(root), found, first)
+        yield number, found
 
 
 def is_hidden(name: str) -> bool:
@@ -300,11 +395,11 @@ def _refuse_unlisted(error: OSError) -> NoReturn:
     ) from None
 
 
-def _is_picture(path: Path) -> bool:
+def _is_image(path: Path) -> bool:
     """Whether a name says so; a link to nothing and a pipe are told later, as broken images."""
     if path.suffix.lower() in UNREAD:
         raise DataError(f"{path} is a picture of a kind that is not read; convert or remove it.")
-    return path.suffix.lower() in EXTENSIONS
+    return path.suffix.lower() in (*EXTENSIONS, *TENSORS)
 
 
 def _refuse_dangling(path: Path) -> None:
@@ -314,15 +409,14 @@ def _refuse_dangling(path: Path) -> None:
 
 def _some_below(folder: Path) -> list[str]:
     """List the images; DataError where there is none."""
-    found = _pictures_below(folder)
+    found = _images_below(folder)
     if not found:
-        raise DataError(
-            f"Folder {folder} holds no image ({', '.join(EXTENSIONS)}); fill or remove it."
-        )
+        known = ", ".join((*EXTENSIONS, *TENSORS))
+        raise DataError(f"Folder {folder} holds no image ({known}); fill or remove it.")
     return found
 
 
-def _pictures_below(folder: Path) -> list[str]:
+def _images_below(folder: Path) -> list[str]:
     """List the images, sorted folder by folder; a link to a folder could lead round in circles."""
     found: list[str] = []
     for where, folders, files in os.walk(folder, onerror=_refuse_unlisted):
@@ -335,7 +429,7 @@ def _pictures_below(folder: Path) -> list[str]:
         for name in files:
             if is_hidden(name):  # editors keep links to nothing, as locks
                 continue
-            if _is_picture(Path(where, name)):
+            if _is_image(Path(where, name)):
                 found.append(os.path.join(where, name))
             else:
                 _refuse_dangling(Path(where, name))

@@ -17,8 +17,9 @@ from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UnbraidError, UsageError, brief, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.listing import Files, Listing, label_text, look_at, make_listing, seen_from
+from unbraid.images.listing import Listing, files_at, label_text, look_at, make_listing, seen_from
 from unbraid.images.pictures import decode_picture, read_picture
+from unbraid.images.tensors import refuse_both
 from unbraid.networks.class_names import output_number
 
 CSV = (".csv", ".tsv")
@@ -62,9 +63,10 @@ def list_table(path: Path) -> Listing:
         )
     ids = [seen_from(root, os.path.normpath(file)) for file in files]
     sizes = [found.st_size for found in looks if found is not None]
+    refuse_both(str(path), files)
     if len(set(ids)) < len(ids):
         return _one_per_label(path, ids, files, labels, groups, sizes)
-    return make_listing(str(path), ids, Files(files), labels, groups or None, sizes)
+    return make_listing(str(path), ids, files_at(files), labels, groups or None, sizes)
 
 
 def _one_per_label(
@@ -94,7 +96,7 @@ def _one_per_label(
     return make_listing(
         str(path),
         [images[k] + (f" as {labels[k]}" if k in several else "") for k in order],
-        Files([files[lines[images[k]][0]] for k in order]),
+        files_at([files[lines[images[k]][0]] for k in order]),
         [labels[k] for k in order],
         [(groups or images)[k] for k in order],
         [sizes[k] for k in order],

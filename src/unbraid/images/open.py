@@ -14,17 +14,25 @@ from torch import nn
 from unbraid.base.arguments import as_path
 from unbraid.base.errors import DataError, ModelError, UsageError, brief
 from unbraid.base.tables import one_line
-from unbraid.images.broken import UNLABELLED, first_readable
+from unbraid.images.broken import UNLABELLED, Readable, first_readable, sort_out
 from unbraid.images.division import TRAIN, VAL, divide, undivided
 from unbraid.images.identity import agree
 from unbraid.images.kept import keep, write_folder, write_listing, write_parts_of_folder
 from unbraid.images.labels import GUESSED, Outputs, fit_any, read_classes, show_names
-from unbraid.images.listing import ListedImages, Listing, Transform, list_folder, shown_in
+from unbraid.images.listing import (
+    Items,
+    ListedImages,
+    Listing,
+    Transform,
+    list_folder,
+    shown_in,
+)
 from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
 from unbraid.images.mapped import Texts, distinct
 from unbraid.images.own import is_own, list_own, place_of
 from unbraid.images.pictures import EXTENSIONS, UNREAD
 from unbraid.images.tar import SHARD, is_compressed, is_url, list_shards
+from unbraid.images.tensors import TENSORS
 from unbraid.networks.class_names import output_names
 from unbraid.networks.copying import unwrap
 from unbraid.networks.models import LoadedModel
@@ -53,7 +61,8 @@ def open_images(
         source: a folder, of class folders or not; a CSV or Parquet list; tar files (one, a folder
             of them, a pattern or a URL); `hf:FOLDER`, a data set saved by `datasets`. SOURCE/train
             and SOURCE/val, where a source has no such parts, are those that it is divided into.
-        transform: from an RGB picture to a tensor; None hands on the picture.
+        transform: from an RGB picture to a tensor; None hands on the picture. Of files of tensors,
+            from such a tensor to another; None brings it to float32.
         labels: label of each class; by default, what `outputs` says; with none at all, images
             count as unlabelled.
         class_names: names by label; by default those of the outputs or classes.
@@ -181,17 +190,20 @@ def images_for(
 
 
 def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedImages, str]:
-    own = loaded.class_names
+    own, transform, prepared = loaded.class_names, *_preparing(loaded, listing)
     given: tuple[str, ...] = ()
     if listing.classes or loaded.names.by_output:
-        unread = ListedImages(listing, loaded.transform, {})
-        n_outputs = loaded.n_outputs(first_readable(unread, range(len(unread))))
+        unread = ListedImages(listing, transform, {})
+        image = first_readable(unread, range(len(unread)))
+        if image is None and listing.of_tensors:  # a blank one is of unknown shape
+            sort_out([Readable(unread)[0]], skip_broken=False)
+        n_outputs = loaded.n_outputs(image)
         given = loaded.names.of_outputs(n_outputs)
     if not listing.classes:
         what = "class folders" if listing.root is not None else "labels"
         note = f"{where} holds images without {what}; the network's predictions are taken."
-        note = f"{listing.divided} {note}".lstrip()
-        return ListedImages(listing, loaded.transform, {}, given or own), note
+        note = f"{prepared} {listing.divided} {note}".strip()
+        return ListedImages(listing, transform, {}, given or own), note
     if own and len(own) != n_outputs:
         if not given:
             raise ModelError(
@@ -207,14 +219,31 @@ def _fitted(loaded: LoadedModel, where: str, listing: Listing) -> tuple[ListedIm
     others = loaded.names.of_classes(of_seen, reading.how == GUESSED)
     shown = replace(reading, outputs=Outputs(given or own, n_outputs))
     names = show_names(shown, others, classes.seen)
-    note = f"{listing.divided} {reading.note}".strip()
-    return ListedImages(listing, loaded.transform, reading, names), note
+    note = " ".join(filter(None, (prepared, listing.divided, reading.note)))
+    return ListedImages(listing, transform, reading, names), note
+
+
+def _preparing(loaded: LoadedModel, listing: Listing) -> tuple[Transform | None, str]:
+    """What brings a listing's images to what a network takes, and what there is to say of it."""
+    if not listing.of_tensors:
+        return loaded.transform, "" if isinstance(listing.read, Items) else loaded.note
+    if loaded.tensor_transform is not None:
+        return loaded.tensor_transform, (
+            "The files hold tensors; each goes through the preprocessing that your function "
+            "returns with the network."
+        )
+    return None, (
+        "The files hold tensors; each goes into the network as it is, as float32, whole numbers "
+        "unscaled."
+    )
 
 
 def _unfitted(loaded: LoadedModel, _: str, listing: Listing) -> tuple[ListedImages, str]:
     """The same where classes need no output: they go by its names, or else are counted in order."""
+    transform, prepared = _preparing(loaded, listing)
+    note = f"{prepared} {listing.divided}".strip()
     if not listing.classes:
-        return ListedImages(listing, loaded.transform, {}), listing.divided
+        return ListedImages(listing, transform, {}), note
     classes, own = listing.known, loaded.class_names
     try:
         reading = read_classes(classes, Outputs(own, len(own) or None))
@@ -222,7 +251,7 @@ def _unfitted(loaded: LoadedModel, _: str, listing: Listing) -> tuple[ListedImag
         reading = read_classes(classes, Outputs())
     of_seen = {name: reading.labels[name] for name in classes.seen}
     names = show_names(reading, loaded.names.of_classes(of_seen, True), classes.seen)
-    return ListedImages(listing, loaded.transform, reading, names), listing.divided
+    return ListedImages(listing, transform, reading, names), note
 
 
 def images_like(images: ListedImages, where: str, listed: Path | None = None) -> ListedImages:
@@ -232,6 +261,11 @@ def images_like(images: ListedImages, where: str, listed: Path | None = None) ->
 
 
 def _like(images: ListedImages, listing: Listing) -> ListedImages:
+    if images.of_tensors != listing.of_tensors:
+        one, other = ("tensors", "pictures")[:: 1 if images.of_tensors else -1]
+        raise DataError(
+            f"The training images are {one}, and {listing.source} holds {other}; give one kind."
+        )
     others = ListedImages(listing, images.transform, images.labels, images.classes)
     if isinstance(listing.ids, Texts):
         agree(others)
@@ -325,7 +359,8 @@ def _holds_shards(folder: Path) -> bool:
     shards = [p for p in shown if p.suffix.lower() == SHARD or is_compressed(p)]
     if not shards or any(os.path.isdir(path) for path in shown):
         return False
-    image = next((p for p in shown if p.suffix.lower() in (*EXTENSIONS, *UNREAD)), None)
+    known = (*EXTENSIONS, *UNREAD, *TENSORS)
+    image = next((p for p in shown if p.suffix.lower() in known), None)
     if image is not None:
         raise DataError(
             f"{folder} holds both tar files, such as {one_line(shards[0].name)}, and images, such "

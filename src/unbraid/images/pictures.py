@@ -41,13 +41,7 @@ class _UnfitNumbers(Exception):
 def read_picture(path: str | Path) -> Image.Image:
     """Read an image file."""
     shown = f"Image {one_line(str(path))}"
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:  # the latter for what can be no file's name
-        away = out_of_reach(shown, error)
-        raise away or DataError(f"{shown} cannot be read (there is no such file).") from None
-    if not stat.S_ISREG(mode):  # opening a pipe might never end
-        raise DataError(f"{shown} cannot be read (it is no regular file).")
+    require_file(path, shown)
     try:
         # Opened here, as Pillow 13 maps a TIFF that it is given by name, and turns it wrongly.
         with open(path, "rb") as file:
@@ -55,6 +49,17 @@ def read_picture(path: str | Path) -> Image.Image:
     except OSError as error:
         away = out_of_reach(shown, error)
         raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
+
+
+def require_file(path: str | Path, shown: str) -> None:
+    """Raise DataError of an image that is no file, or is gone."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # the latter for what can be no file's name
+        away = out_of_reach(shown, error)
+        raise away or DataError(f"{shown} cannot be read (there is no such file).") from None
+    if not stat.S_ISREG(mode):  # opening a pipe might never end
+        raise DataError(f"{shown} cannot be read (it is no regular file).")
 
 
 def decode_picture(file: BinaryIO, name: str) -> Image.Image:

@@ -135,7 +135,7 @@ def _read(path: Path) -> tuple[Any, bool]:
                 return safetensors.torch.load_file(path), False
             named: list[str] = []
             if head.startswith(_ZIP):
-                _check_zip(file, size)
+                check_zip(file, size)
                 named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
             elif not head.startswith(_PICKLE):
                 raise ValueError("it is no file of torch or safetensors, perhaps what Git LFS left")
@@ -151,7 +151,7 @@ def _read(path: Path) -> tuple[Any, bool]:
         ) from None
 
 
-def _check_zip(file: BinaryIO, size: int) -> None:
+def check_zip(file: BinaryIO, size: int) -> None:
     """Raise if torch has not written a zip file, it would grow when unpacked, or is damaged."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()

@@ -23,7 +23,7 @@ from unbraid.networks.checkpoints import load_weights
 from unbraid.networks.class_names import Names, output_names
 from unbraid.networks.outputs import count_outputs
 
-Transform = Callable[[Image.Image], Tensor]
+Transform = Callable[[Any], Tensor]  # from an RGB picture or a tensor
 
 RANDOM = "random"
 _ASSUMED = (
@@ -43,7 +43,10 @@ class LoadedModel:
     class_names: tuple[str, ...]  # of the outputs; empty where unknown
     source: dict[str, Any]  # what `load_model` needs to load it again
     names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
-    note: str = ""  # what was assumed, for people
+    note: str = ""  # what was assumed of pictures, for people
+    tensor_transform: Transform | None = (
+        None  # what brings tensors to what it takes, if it is known
+    )
 
     def n_outputs(self, image: Tensor | None = None) -> int:
         """Run the network on an image, (C, H, W), by default a blank one; count the logits."""
@@ -54,10 +57,12 @@ class LoadedModel:
         except Exception as error:  # of a network or preprocessing of anyone's own
             if isinstance(error, ModelError) and error.__cause__ is None:
                 raise  # as it says what is wrong with the network's output
+            what = "what its preprocessing makes of a picture"
+            what = what if image is None else f"an image of shape {tuple(image.shape)}"
             raise ModelError(
-                "The network cannot run on what its preprocessing makes of a picture "
+                f"The network cannot run on {what} "
                 f"({brief(error.__cause__ or error)}); let FILE.py:FUNCTION return (network, "
-                "preprocessing) that fit each other."
+                "preprocessing) that fit each other and the images."
             ) from error
 
 
@@ -69,7 +74,7 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     torchvision name or "random", the same each time; by default the best that there are.
     """
     kind, _, name = spec.partition(":")
-    note = ""
+    note, tensor_transform = "", None
     file = None if weights is None else Path(weights)
     if file is not None and file.suffix not in _ENDINGS and not file.is_file():
         file = None
@@ -82,9 +87,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     elif ".py:" in spec:
         if named not in (None, RANDOM):
             raise UsageError(f"There is no weights file {named}; --weights names a file here.")
-        model, own_transform, names = _own(*spec.rsplit(":", 1))
-        transform = own_transform or imagenet_transform()
-        note = "" if own_transform else _ASSUMED.format(spec=spec)
+        model, tensor_transform, names = _own(*spec.rsplit(":", 1))
+        transform = tensor_transform or imagenet_transform()
+        note = "" if tensor_transform else _ASSUMED.format(spec=spec)
     else:
         raise UsageError(
             f"{spec!r} names no model; write torchvision:NAME, timm:NAME or FILE.py:FUNCTION."
@@ -101,7 +106,9 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     except RuntimeError as error:
         raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
     source = {"model": spec, "weights": weights}
-    return LoadedModel(model.eval(), transform, tuple(names), source, note=note)
+    return LoadedModel(
+        model.eval(), transform, tuple(names), source, note=note, tensor_transform=tensor_transform
+    )
 
 
 def import_torchvision() -> ModuleType:

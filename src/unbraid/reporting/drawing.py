@@ -49,10 +49,10 @@ def draw_by(images: ListedImages, bands: Sequence[int] | None) -> None:
     """Let images be drawn by bands, in place of their data set's own; UsageError if they cannot."""
     if bands is None:
         return
-    if not images.read_by_code:
+    if not (images.read_by_code or images.of_tensors):
         raise UsageError(
             "These images are pictures, which are drawn in their colours; leave out the bands, "
-            "which are those of tensors of your own."
+            "which are those of tensors."
         )
     images.bands = [*bands]
     image = first_readable(images, range(len(images)))
@@ -65,6 +65,12 @@ def draw_by(images: ListedImages, bands: Sequence[int] | None) -> None:
         _colours(image, bands_of(images, 0))
 
 
+def is_unprepared(dataset: Dataset[Any], index: int) -> bool:
+    """Whether an image is another tensor than its network was given, of a shape of its own."""
+    held = holder_of(dataset, index, "unprepared")
+    return held is not None and bool(held[0].unprepared)
+
+
 def tell_bands(dataset: Dataset[Any], index: int) -> str:
     """Say which bands of its images are shown, where these are neither grey nor of three colours.
 
@@ -72,6 +78,11 @@ def tell_bands(dataset: Dataset[Any], index: int) -> str:
     """
     if holder_of(dataset, index, "picture") is not None:
         return ""
+    if is_unprepared(dataset, index):
+        return (
+            "Pictures show tensors as they lie in their files; the network was given them in the "
+            "preprocessing that comes with it."
+        )
     image, bands = None, bands_of(dataset, index)
     with suppress(Exception):  # of a data set of anyone's own
         image = dataset[index][0]
@@ -81,8 +92,8 @@ def tell_bands(dataset: Dataset[Any], index: int) -> str:
         shown = ", ".join(map(str, bands))
         return f"Pictures show band{'s'[: len(bands) - 1]} {shown} of {len(image)}, from 0."
     return (
-        f"Pictures show the mean of {len(image)} bands; a data set with an attribute bands, such "
-        "as (3, 2, 1), chooses what is red, green and blue."
+        f"Pictures show the mean of {len(image)} bands; --bands, or an attribute bands of the data "
+        "set, such as 3,2,1, chooses what is red, green and blue."
     )
 
 

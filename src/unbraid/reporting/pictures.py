@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import UsageError
+from unbraid.base.errors import DataError, UsageError
 from unbraid.images.broken import plain
 from unbraid.images.dataset import holder_of, picture_of, size_of
 from unbraid.images.identity import preprocessing_of
 from unbraid.networks.spec import LayerSpec, respond
-from unbraid.reporting.drawing import bands_of, tell_bands, to_picture
+from unbraid.reporting.drawing import bands_of, is_unprepared, tell_bands, to_picture
 from unbraid.reporting.view import Material, Page
 from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit
@@ -249,8 +249,8 @@ class Sight:
 def sight_of(dataset: Dataset[Any]) -> Sight | None:
     """Say which part of its pictures a data set hands on to a network; None if it is not said."""
     held = holder_of(dataset, 0, "picture")
-    if held is None:
-        return Sight()  # what is shown is what the network is given
+    if held is None:  # what is shown is what the network is given, or of another shape
+        return None if is_unprepared(dataset, 0) else Sight()
     holder = held[0]
     if preprocessing_of(dataset) != preprocessing_of(holder):  # more around it, or parts differ
         return None
@@ -260,6 +260,22 @@ def sight_of(dataset: Dataset[Any]) -> Sight | None:
     with suppress(Exception):  # broken, or no tensor: nothing can be said
         height, width = holder[0][0].shape[-2:]
         return Sight() if holder.picture(0).size == (width, height) else None
+    return None
+
+
+def sight_of_files(dataset: Dataset[Any]) -> Sight | None:
+    """Say the same of a data set without the preprocessing of its tensors, as it is opened later.
+
+    Nothing is said if preprocessing changes their shape, or that of the first that can be read.
+    """
+    held = holder_of(dataset, 0, "file_tensor")
+    if held is None:
+        return sight_of(dataset)
+    for index in range(min(size_of(dataset), _N_CHECKED)):
+        with suppress(DataError):  # it is broken
+            holder, own = holder_of(dataset, index, "file_tensor") or held
+            same = holder[own][0].shape == holder.file_tensor(own).shape
+            return Sight() if same else None
     return None
 
 

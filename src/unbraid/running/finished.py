@@ -22,6 +22,7 @@ from unbraid.images.own import own_named
 from unbraid.measuring.circuit_graph import CircuitGraph, read_graphs
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation, read_ablation, read_output, read_semantics
+from unbraid.networks.models import LoadedModel
 from unbraid.reporting.figures import density_figure, source_figure, teaser_figure
 from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
@@ -210,15 +211,20 @@ class Run:
     @cached_property
     def images(self) -> Dataset[Any]:
         """Validation images to look at, labelled as scanned; UsageError of other images."""
-        opened = validation_images(self.settings.source, self.val_scan, self.settings.sight)
-        return as_labelled(those_scanned(opened, self.val_scan), self.val_scan)
+        return self.images_of("val")
 
     @cached_property
     def train_images(self) -> Dataset[Any]:
         """Training images to look at, likewise."""
-        told = (self.settings.source, self.train_scan, self.settings.sight)
-        opened = validation_images(*told, part="train")
-        return as_labelled(those_scanned(opened, self.train_scan), self.train_scan)
+        return self.images_of("train")
+
+    def images_of(
+        self, part: Literal["train", "val"], network: LoadedModel | None = None
+    ) -> Dataset[Any]:
+        """Images to look at, likewise, or in a network's preprocessing."""
+        scan, settings = self.train_scan if part == "train" else self.val_scan, self.settings
+        opened = validation_images(settings.source, scan, settings.sight, part, network)
+        return as_labelled(those_scanned(opened, scan), scan)
 
     def is_finished(self, features: bool) -> bool:
         """Whether all results are there, those that may be asked for too."""

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import chain, count
@@ -33,6 +33,7 @@ from unbraid.images.listing import ListedImages
 from unbraid.images.open import SAVED, list_images, part_of
 from unbraid.images.own import refuse_own
 from unbraid.images.tar import is_url
+from unbraid.networks.models import LoadedModel
 from unbraid.reporting.drawing import draw_by
 from unbraid.reporting.pictures import Sight
 from unbraid.scanning.as_scanned import AsScanned, as_scanned
@@ -330,11 +331,12 @@ def validation_images(
     scan: Scan,
     sight: Sight | None = None,
     part: Literal["train", "val"] = "val",
+    network: LoadedModel | None = None,
 ) -> Dataset[Any]:
     """Open a run's validation images again, to look at the part that the network saw if known.
 
     `scan` is of them, or, with `part`, of the training images, which then are opened; DataError if
-    they are gone.
+    they are gone. With a network, they are in its preprocessing.
     """
     if "demo" in source:
         if source.keys() & {"data", "bands"}:
@@ -366,8 +368,15 @@ def validation_images(
             labels = read_classes(listing.known, outputs).labels
         except DataError:  # other names were given; without the network numbers may differ
             labels = {name: number for number, name in enumerate(listing.known.seen)}
-    images = ListedImages(listing, sight, labels, scan.class_names)
-    draw_by(images, source.get("bands"))
+    transform: Any = sight
+    if listing.of_tensors:
+        transform = network and network.tensor_transform
+    elif network is not None:
+        transform = network.transform
+    images = ListedImages(listing, transform, labels, scan.class_names)
+    images.unprepared = listing.of_tensors and network is None and sight is None
+    with suppress(UsageError) if images.unprepared else nullcontext():  # bands of another shape
+        draw_by(images, source.get("bands"))
     return as_scanned(images, scan)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -13,15 +13,15 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
-from unbraid.images.listing import Files, Items, ListedImages, Listing
+from unbraid.images.listing import Items, ListedImages, Listing, files_at
 from unbraid.images.own import is_own
-from unbraid.images.tensors import TENSORS, read_tensor_file
+from unbraid.images.tensors import AsTheyAre, hold_tensors, read_tensor, read_tensor_file
+from unbraid.images.tiff import TIFF
 from unbraid.networks.given import as_batch
 from unbraid.networks.models import LoadedModel, load_model
 from unbraid.networks.outputs import numbers_in, with_logits
 from unbraid.reporting.drawing import draw_by
 from unbraid.running.finished import Run
-from unbraid.running.folders import as_labelled, validation_images
 
 
 def load_again(
@@ -56,9 +56,14 @@ def load_again(
     return loaded
 
 
+def is_of_tensors(source: dict[str, Any]) -> bool:
+    """Whether a run was over tensors, of files or of a data set of one's own, not pictures."""
+    return bool(source.get("tensors")) or is_own(str(source.get("data", "")))
+
+
 def prepared_otherwise(source: dict[str, Any]) -> str:
-    """Say what a run over tensors of one's own did not do with its images; "" for other runs."""
-    if not is_own(str(source.get("data", ""))):
+    """Say what a run over tensors did not do with its images; "" for other runs."""
+    if not is_of_tensors(source):
         return ""
     return (
         "A picture goes through the network's usual preprocessing, which the run's own tensors did "
@@ -67,38 +72,51 @@ def prepared_otherwise(source: dict[str, Any]) -> str:
 
 
 def is_tensor_file(path: Path) -> bool:
-    """Whether a file is named as one of tensors."""
-    return path.suffix.lower() in TENSORS
+    """Whether a file holds tensors, by its name or, of a TIFF, by what is in it."""
+    return hold_tensors([str(path)])
 
 
 def open_pictures(
-    paths: Sequence[Path], loaded: LoadedModel, bands: Sequence[int] | None = None
+    paths: Sequence[Path],
+    loaded: LoadedModel,
+    bands: Sequence[int] | None = None,
+    *,
+    as_in_files: bool = False,
 ) -> ListedImages:
-    """Open picture files in a network's preprocessing, or files of tensors; without labels."""
+    """Open picture files in a network's preprocessing, or files of tensors; without labels.
+
+    Tensors are as the network takes them, or, `as_in_files`, those that its preprocessing takes.
+    """
     names = [str(path) for path in paths]
     n_of_tensors = sum(map(is_tensor_file, paths))
     if 0 < n_of_tensors < len(paths):
         raise UsageError("There are both pictures and tensors; explain them one after the other.")
-    if not n_of_tensors:
-        listing = Listing("The images", names, Files(names), [], [UNLABELLED] * len(names))
-        images = ListedImages(listing, loaded.transform)
+    if not n_of_tensors or (as_in_files and loaded.tensor_transform is not None):
+        unlabelled = [UNLABELLED] * len(names)
+        listing = Listing("The images", names, files_at(names), [], unlabelled)
+        images = ListedImages(
+            listing, loaded.tensor_transform if n_of_tensors else loaded.transform
+        )
     else:
-        images = _of_tensors(paths, loaded)
+        images = _of_tensors(paths, loaded, AsTheyAre() if as_in_files else lambda tensor: tensor)
     draw_by(images, bands)
     return images
 
 
-def _of_tensors(paths: Sequence[Path], loaded: LoadedModel) -> ListedImages:
+def _of_tensors(
+    paths: Sequence[Path], loaded: LoadedModel, prepare: Callable[[Tensor], Tensor]
+) -> ListedImages:
     """Images of files that hold a tensor each, of one image or several."""
     items: list[tuple[Tensor, int]] = []
     names: list[str] = []
     for path in paths:
         if not path.is_file():
             raise DataError(f"There is no file {path}; name files of tensors or pictures.")
-        held = numbers_in(read_tensor_file(path))
+        is_tiff = path.suffix.lower() in TIFF
+        held = [read_tensor(str(path))] if is_tiff else numbers_in(read_tensor_file(path))
         if len(held) != 1:
             raise DataError(f"{path} holds {len(held)} tensors; give a file with one.")
-        batch = as_batch(held[0], loaded.model)
+        batch = as_batch(prepare(held[0]), loaded.model)
         items += [(image, UNLABELLED) for image in batch]
         several = len(batch) > 1
         names += [f"{path} {k}" if several else str(path) for k in range(len(batch))]
@@ -111,10 +129,15 @@ def network_images(run: Run, loaded: LoadedModel) -> Dataset[Any]:
 
     Raises a RunError if the run does not say where they are, a DataError if they are gone.
     """
+    if changes_tensors(run, loaded):
+        return run.images_of("val", loaded)
     try:
         first_readable(run.images, range(size_of(run.images)))
     except DataError:  # they are there to be looked at, without the network's preprocessing
-        transform: Any = loaded.transform
-        opened = validation_images(run.settings.source, run.val_scan, transform)
-        return as_labelled(opened, run.val_scan)
+        return run.images_of("val", loaded)
     return run.images
+
+
+def changes_tensors(run: Run, loaded: LoadedModel | None) -> bool:
+    """Whether a run's images are files of tensors that a network's preprocessing changes."""
+    return bool(run.settings.source.get("tensors")) and bool(loaded and loaded.tensor_transform)

@@ -33,7 +33,7 @@ from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
 from unbraid.networks.weights import hash_weights
-from unbraid.reporting.pictures import sight_of
+from unbraid.reporting.pictures import sight_of_files
 from unbraid.running import folders
 from unbraid.running.finished import Run, looked_at, seen_in
 from unbraid.running.folders import Settings, Thresholds, as_labelled
@@ -160,7 +160,7 @@ def run_layer(job: Job, out: Path, train_scan: Scan, val_scan: Scan, encoder: En
     asked = (job.title, job.thresholds, source, job.encoder, job.labels)
     named = read_target(job.target).name
     # A report that is written again knows no preprocessing.
-    about = (sight_of(job.val), scans, job.everything, named, job.places)
+    about = (sight_of_files(job.val), scans, job.everything, named, job.places)
     settings = Settings(*asked, *about)
     before = {path: folders.read_settings(path) for path in (out, *folders.results_in(home))}
     # Only now is it sure that the folder is this network's and these images'.
