@@ -1,8 +1,11 @@
-"""Lay a run with labels beside one without a target: channels found, and the two pages.
+"""Lay a run with labels beside one without a target: channels found, measures, and the two pages.
 
+    python benchmarks/no_labels.py --run RUN --none NONE
     python benchmarks/no_labels.py --run RUN --bare BARE --out DIR [--every]
 
-RUN is of `unbraid run` with labels, BARE a scan of the same validation images made with
+RUN is of `unbraid run` with labels, NONE of `unbraid run --target none` on the same images: what
+both found and measured is set side by side, over all channels that each found, and over those that
+both did. Where there is no such run, BARE is a scan of the same validation images made with
 `--target none`. Clusters need no target, so they are made of RUN's scans, read as without one;
 without --every only channels that classes find are clustered. Figures for docs/no-labels.md.
 """
@@ -10,20 +13,38 @@ without --every only channels that classes find are clustered. Figures for docs/
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from statistics import fmean, median
+from typing import Any
 
 import torch
 
 import unbraid
 from clusters import agreement
+from unbraid.base.tables import Table, figure
 from unbraid.finding import clusters as clustering
 from unbraid.finding.findings import Findings
 from unbraid.running.finished import Run, seen_in
 from unbraid.scanning.records import Scan
 
 COLUMNS = ("index", "label", "n_positions", "pooled", "spread", "spread_start", "group")
+OF_CONCEPTS = {
+    "r_precision": "R-precision",
+    "whole_r_precision": "of the whole",
+    "auroc_all": "AUROC",
+    "whole_auroc_all": "of the whole",
+    "mimic_error": "mimic",
+    "off": "off",
+}
+OF_CHANNELS = {
+    "separation_error": "separation",
+    "top_coverage": "of top 1 %",
+    "explained_share": "explained",
+}
 
 
 def without_target(scan: Scan) -> Scan:
@@ -52,19 +73,47 @@ def of_channels(found: Findings, channels: set[int]) -> Findings:
     )
 
 
-def main() -> None:
-    """Read the command line, print figures and write the two pages."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--run", required=True, type=Path)
-    parser.add_argument("--bare", type=Path)
-    parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--every", action="store_true", help="cluster all channels: minutes")
-    asked = parser.parse_args()
-    run = Run(asked.run)
+def measured(folder: Path) -> dict[int, dict[str, Any]]:
+    """What a finished run measured of each channel."""
+    content = json.loads((folder / "evaluation.json").read_text())
+    return {channel["channel"]: channel for channel in content["channels"]}
+
+
+def row_of(name: str, channels: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    """Means over concepts or channels, but the median separation error, which few can move."""
+    own = list(channels)
+    concepts = [concept for channel in own for concept in channel["concepts"]]
+    figures = [fmean(concept[key] for concept in concepts) for key in OF_CONCEPTS]
+    figures.append(median(channel["separation_error"] for channel in own))
+    figures += [fmean(channel[key] for channel in own) for key in list(OF_CHANNELS)[1:]]
+    return (name, str(len(own)), str(len(concepts)), *map(figure, figures))
+
+
+def side_by_side(labelled: Path, bare: Path) -> Table:
+    """Two finished runs: all channels that each found, those that both did, and the others."""
+    mine, theirs = measured(labelled), measured(bare)
+    both = sorted(mine.keys() & theirs.keys())
+    sets = {
+        "labels": list(mine),
+        "no target": list(theirs),
+        "labels, found by both": both,
+        "no target, found by both": both,
+        "labels, not without": sorted(mine.keys() - theirs.keys()),
+        "no target, not with labels": sorted(theirs.keys() - mine.keys()),
+    }
+    rows: list[tuple[str, ...]] = [
+        ("run", "channels", "concepts", *OF_CONCEPTS.values(), *OF_CHANNELS.values())
+    ]
+    for name, channels in sets.items():
+        own = mine if name.startswith("labels") else theirs
+        if channels:
+            rows.append(row_of(name, [own[o] for o in channels]))
+    return Table(rows)
+
+
+def clustered(asked: argparse.Namespace, run: Run) -> None:
+    """Cluster the labelled run's own scans, print figures and write the two pages."""
     train, val, classes = run.train_scan, run.val_scan, run.found
-    if asked.bare is not None:
-        same = are_alike(val, unbraid.open_scan(asked.bare))
-        print(f"without a target the scan is the same but for shares: {'yes' if same else 'NO'}")
     if not asked.every:
         usual = clustering.top_images
         clustering.top_images = partial(usual, channels=sorted(classes.concepts))
@@ -85,6 +134,26 @@ def main() -> None:
             **{"found": found, "split": split, "evaluation": evaluation},
         )
         print(page)
+
+
+def main() -> None:
+    """Read the command line, print figures and write the two pages."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--run", required=True, type=Path)
+    parser.add_argument("--none", type=Path, help="a finished run without a target")
+    parser.add_argument("--bare", type=Path, help="a validation scan without a target")
+    parser.add_argument("--out", type=Path, help="where the two pages go")
+    parser.add_argument("--every", action="store_true", help="cluster all channels: minutes")
+    asked = parser.parse_args()
+    run = Run(asked.run)
+    bare = asked.none / "scan-val" if asked.none else asked.bare
+    if bare is not None:
+        same = are_alike(run.val_scan, unbraid.open_scan(bare))
+        print(f"without a target the scan is the same but for shares: {'yes' if same else 'NO'}")
+    if asked.none is not None:
+        print(side_by_side(asked.run, asked.none))
+    if asked.out is not None:
+        clustered(asked, run)
 
 
 if __name__ == "__main__":

@@ -85,6 +85,20 @@ def test_the_order_of_points_does_not_matter(period):
         assert_partition(divide(points[order])[0], truth[order])
 
 
+@pytest.mark.parametrize("noise", [1.4, 1.7, 2.0])
+def test_images_on_the_verge_of_groups_go_to_the_same_ones_in_any_order(noise):
+    """Where halves of the images decided, thin evidence fell out otherwise in another order."""
+    points, _ = groups_of((120, 90, 60), noise=noise, seed=5)
+    nearest, cosine = divide(points)
+    assert len(set(nearest.tolist())) > 2
+    for seed in range(3):
+        order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+        again, its = divide(points[order])
+        assert again.tolist() == nearest[order].tolist()
+        assert its == pytest.approx(cosine, rel=1e-9)
+        assert again.tolist() != nearest.tolist()
+
+
 @pytest.mark.parametrize("sizes", [(60, 50), (90, 60, 40), (200,)], ids=str)
 @pytest.mark.parametrize("noise", [0.5, 1.5])
 def test_clusters_and_their_cosine_are_the_oracles(sizes, noise):

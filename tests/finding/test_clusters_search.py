@@ -69,6 +69,34 @@ def test_find_clusters_finds_planted_causes_and_leaves_single_ones_whole(planted
             assert_causes_found(planted.scan, cause, replace(found, concepts=wrong))
 
 
+def reordered(planted, order, folder):
+    """The same images in another order."""
+    scan = planted.scan
+    return write_scan(
+        folder,
+        shares=torch.full((len(order), 4), 0.25),
+        labels=torch.cat(list(scan.columns("label")))[order].tolist(),
+        pooled=torch.cat(list(scan.columns("pooled")))[order, 0],
+        weight=scan.weight,
+        bias=scan.bias,
+        shard_size=50,
+    )
+
+
+def test_find_clusters_groups_the_same_images_in_any_order(planted, found, tmp_path):
+    order = torch.randperm(len(planted.cause), generator=torch.Generator().manual_seed(4))
+    other = reordered(planted, order, tmp_path)
+    again = unbraid.find(other, concepts="clusters")
+    assert again.concepts == found.concepts
+    for channel in found.channels:
+        expected = concepts_of(planted.scan, found, channel)
+        concept = concepts_of(other, again, channel)
+        assert concept == [expected[n] for n in order.tolist()]
+        assert concept != expected
+    for pair, twin in zip(again.pairs, found.pairs, strict=True):
+        assert_close(astuple(pair), astuple(twin), 1e-9)
+
+
 def assert_same_findings(one, other, tolerance=0.0):
     assert one.concepts == other.concepts
     assert one.clusters.keys() == other.clusters.keys()
