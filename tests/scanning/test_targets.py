@@ -434,6 +434,20 @@ def test_all_layers_are_those_that_reach_the_target(tmp_path):
     assert list(scans) == names
 
 
+@pytest.mark.parametrize(
+    ("target", "match"),
+    [
+        ("detection:1", "not a list of dictionaries"),
+        ("segmentation:9", "no class 9"),
+        (lambda out: out["maps"].mean((1, 2, 3)), "fails on the network's output"),
+    ],
+)
+def test_all_layers_with_a_target_that_does_not_fit_the_output_say_so(target, match, tmp_path):
+    with pytest.raises(unbraid.UnbraidError, match=match), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        unbraid.scan(with_aux(), "all", images(), tmp_path, target=target)
+
+
 def test_of_a_single_map_the_class_wins_where_its_logit_is_positive():
     maps = torch.tensor([[[[5.0, -3.0], [-3.0, 2.0]]]])
     label = torch.zeros(1, dtype=torch.int64)

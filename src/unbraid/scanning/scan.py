@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from unbraid.base.arguments import as_path, whole_number
-from unbraid.base.errors import DataError, ModelError, RunError, UsageError
+from unbraid.base.errors import CannotRun, DataError, RunError, UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.team import join_team
 from unbraid.images.broken import UNLABELLED, first_readable, largest_readable
@@ -437,7 +437,7 @@ def _reaching(
             outputs = [output for cut in cuts for output in cut.outputs]
             gradients = iter(gradients_at(outputs, value.sum()) if outputs else ())
             reached = [any([next(gradients) is not None for _ in cut.outputs]) for cut in cuts]
-    except (RuntimeError, ModelError):  # what is written in place leaves no whole graph
+    except (RuntimeError, CannotRun):  # what is written in place leaves no whole graph
         if len(specs) == 1:
             return []
         return [own for spec in specs for own in _reaching(model, [spec], images, target)]
