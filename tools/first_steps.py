@@ -75,7 +75,7 @@ STEPS = (
     Step("unbraid run --model own.py:build --layer mix --data pictures --out run", "Report: "),
     Step("unbraid run --model own.py:build --layer mix --data pictures --out run", "Report: "),
     Step("unbraid report run", "Report: "),
-    Step("unbraid figure run --channel 0", ".*"),
+    Step("unbraid figure run --channel 0 --out figure.png", "Figure: "),
     Step("unbraid explain run picture.png --model own.py:build", "concept channels"),
     Step("unbraid edit run --off 0.0 --model own.py:build --out edited", "Page: "),
     Step("unbraid share run --out shared", "Shared: "),
