@@ -276,7 +276,6 @@ def judge(
             f"{len(rows)} channels, on {on}",
             f"AUROC own part against other {one.auroc:.3f}",
             f"against all {one.among_all:.3f}",
-            f"leak {one.leak:.3f}",
             f"error as a copy {one.copy:.3f}",
             f"each part has one {one.both:.2f}",
             f"correlation {alike:.3f}",

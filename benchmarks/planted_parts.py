@@ -109,7 +109,6 @@ class OwnPart:
 
     auroc: float  # of images or places of its own part against those of the other
     among_all: float  # of those of its own part against all others
-    leak: float  # mean positive response to those of the other part, to that to its own
     copy: float  # relative error as a copy of its own part, on those of this part
     both: float  # 1 if each part has a concept channel, else 0
 
@@ -126,13 +125,12 @@ def own_part(rows: Tensor, truth: Tensor, train: Tensor, held_out: Tensor) -> Ow
     sides = strongest(parts)
     figures = []
     for row, k in zip(rows, map(int, part), strict=True):
-        z, own, other = held_out @ row, sides[k], sides[1 - k]
-        either, positive = own | other, z.clamp(min=0)
+        z, own = held_out @ row, sides[k]
+        either = sides.any(0)
         figures.append(
             (
                 auroc(z[either], own[either]),
                 auroc(z, own),
-                float(positive[other].mean() / positive[own].mean()),
                 float(rms(z[own] - parts[own, k]) / rms(parts[own, k])),
             )
         )

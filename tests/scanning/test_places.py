@@ -333,7 +333,12 @@ def test_a_scan_of_places_is_a_scan_but_for_classes(tmp_path):
     with pytest.raises(UsageError, match="does not say which classes use a channel"):
         unbraid.sensitivity(scan.places)
     hint = unbraid.find(scan.places, gamma=-1, concepts="clusters").hint
-    assert hint.endswith("Lists of 20 places are short for clusters; scan with places=1000.")
+    short = "No channel's strongest places form clusters that differ. Lists of {} places are short "
+    short += "for clusters; scan 500 images or more"
+    assert hint == short.format(20) + ", with places=1000."
+    many = unbraid.scan(network, "layer", dataset, tmp_path / "many", places=1000)
+    hint = unbraid.find(many.places, gamma=-1, concepts="clusters").hint
+    assert hint == short.format(N_IMAGES) + "."
     assert "short" not in unbraid.find(scan, gamma=-1, concepts="clusters").hint
     found = unbraid.find(scan.places, images={0: [[0, 1], [2, 5, 6]]})
     split = unbraid.split(scan.places, found)

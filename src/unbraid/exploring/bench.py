@@ -63,9 +63,10 @@ def lay_out(scan: Scan, split: Split | None, channel: int, n: int) -> Laid:
             group = split.members_in(scan).concept_of(records, part.concepts)
             pooled = records.pooled[:, scan.layer.group_of(channel)]
             own = part.pooled_responses(pooled, records.n_positions)[:, 1:-1]
-        image = records.index if records.image is None else records.image
-        columns.append((records.index, image, records.label, response, group, own))
-    index, image, label, response, group, own = map(torch.cat, zip(*columns, strict=True))
+        columns.append((records.index, records.label, response, group, own))
+    index, label, response, group, own = map(torch.cat, zip(*columns, strict=True))
+    of_places = bool(scan.manifest.places_of)
+    image = torch.cat(list(scan.columns("image"))) if of_places else index
     by_hand = _groups_by_hand(scan, split, part)
     wanted = torch.isin(index, torch.tensor(sorted(by_hand), dtype=torch.int64))
     wanted[_one_of_each(image, response.argsort(descending=True, stable=True))[:n]] = True

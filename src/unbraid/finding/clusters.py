@@ -77,13 +77,22 @@ def search_clusters(scan: Scan, gamma: float, progress: Progress = QUIET) -> Fou
         told = f"channel {nearest[1]} has clusters with a cosine of {least:.3f}"
         found.hint = f"Nearest: {told}, which gamma would have to exceed."
     elif not found.pairs:
-        found.hint = "No channel's top images form clusters that differ."
-    if not found.pairs and scan.manifest.places_of and scan.manifest.places < _FEW_PLACES:
-        found.hint += (
-            f" Lists of {count(scan.manifest.places, 'place')} are short for clusters; scan with "
-            "places=1000."
-        )
+        what = "strongest places" if scan.manifest.places_of else "top images"
+        found.hint = f"No channel's {what} form clusters that differ."
+    if not found.pairs and scan.manifest.places_of:
+        found.hint += _told_of_short_lists(scan)
     return found
+
+
+def _told_of_short_lists(scan: Scan) -> str:
+    """Say what makes the lists of a scan of places longer, if clusters are seldom found in them."""
+    n_images = len(torch.cat(list(scan.columns("image"))).unique())
+    n = min(scan.manifest.places, n_images)  # of one image a list has one
+    if n >= _FEW_PLACES:
+        return ""
+    more = [f"{_FEW_PLACES} images or more"] if n_images < _FEW_PLACES else []
+    more += ["with places=1000"] if scan.manifest.places < _FEW_PLACES else []
+    return f" Lists of {count(n, 'place')} are short for clusters; scan {', '.join(more)}."
 
 
 def mean_pooled(scan: Scan) -> Tensor:
