@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from tensor_folders import save, write
+from torch.utils.data import Subset
 
 import unbraid
 from unbraid.base.errors import DataError, OutOfReach, UnfitPicture, UsageError
@@ -17,6 +18,8 @@ from unbraid.images.identity import fingerprint, preprocessing_of
 from unbraid.images.open import images_for, images_like
 from unbraid.images.tensors import hold_tensors, read_tensor, read_tensor_file
 from unbraid.networks.models import LoadedModel
+from unbraid.reporting.drawing import tell_bands
+from unbraid.reporting.pictures import Sight, sight_of, sight_of_files
 
 ONE = torch.arange(24.0).reshape(2, 3, 4)
 
@@ -254,3 +257,20 @@ def test_the_first_name_says_what_files_hold():
     assert not hold_tensors(["a/0.png", "a/1.npy"])
     assert not hold_tensors(["a/none.tif", "a/0.png"])
     assert not hold_tensors([])
+
+
+def test_what_is_drawn_without_the_preprocessing_is_said(tmp_path):
+    for k in range(2):
+        np.save(tmp_path / f"{k}.npy", np.zeros((6, 8, 7), "f4"))
+    (tmp_path / "0.npy").write_bytes(b"")
+    scaled = unbraid.open_images(tmp_path, transform=lambda tensor: tensor * 2)
+    volumes = unbraid.open_images(tmp_path, transform=lambda tensor: tensor[None])
+    assert sight_of(scaled) == sight_of(volumes) == sight_of_files(scaled) == Sight()
+    assert sight_of_files(volumes) is None
+    assert tell_bands(scaled, 1).startswith("Pictures show the mean of 6 bands; --bands")
+    assert tell_bands(volumes, 1) == ""
+    again = unbraid.open_images(tmp_path)
+    again.unprepared = True
+    assert sight_of(again) is None
+    assert sight_of(Subset(again, [1])) is None
+    assert tell_bands(again, 1).startswith("Pictures show tensors as they lie in their files")
