@@ -157,8 +157,8 @@ def main() -> None:
     run = Run(asked.run)
     bare = asked.none / "scan-val" if asked.none else asked.bare
     if bare is not None:
-        same = are_alike(run.val_scan, unbraid.open_scan(bare))
-        print(f"without a target the scan is the same but for shares and labels: {'yes' if same else 'NO'}")
+        same = "yes" if are_alike(run.val_scan, unbraid.open_scan(bare)) else "NO"
+        print(f"without a target the scan is the same but for shares and labels: {same}")
     if asked.none is not None:
         print(side_by_side(asked.run, asked.none))
     if asked.out is not None:
