@@ -22,6 +22,7 @@ from statistics import fmean, median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import unbraid
 from clusters import agreement
@@ -31,7 +32,7 @@ from unbraid.finding.findings import Findings
 from unbraid.running.finished import Run, seen_in
 from unbraid.scanning.records import Scan
 
-COLUMNS = ("index", "label", "n_positions", "pooled", "spread", "spread_start", "group")
+COLUMNS = ("index", "n_positions", "pooled")
 OF_CONCEPTS = {
     "r_precision": "R-precision",
     "whole_r_precision": "of the whole",
@@ -54,11 +55,19 @@ def without_target(scan: Scan) -> Scan:
     return replace(scan, manifest=manifest)
 
 
+def by_index(scan: Scan) -> tuple[Tensor, ...]:
+    """What feeds the layer in each image, and where, in the order of the data set.
+
+    A run begins with a first look, whose images it chooses by class where there are classes.
+    """
+    index, *columns = (torch.cat(list(scan.columns(name))) for name in COLUMNS)
+    return tuple(column[index.argsort()] for column in (index, *columns))
+
+
 def are_alike(scan: Scan, bare: Scan) -> bool:
-    """Whether two scans of other targets hold the same but for shares, bit for bit."""
-    pairs = zip(scan.shards(), bare.shards(), strict=True)
-    both = [(getattr(a, n), getattr(b, n)) for a, b in pairs for n in COLUMNS]
-    return all(a is b is None or torch.equal(a, b) for a, b in both)
+    """Whether two scans of other targets hold the same but for shares and labels, bit for bit."""
+    pairs = zip(by_index(scan), by_index(bare), strict=True)
+    return scan.ids() == bare.ids() and all(torch.equal(a, b) for a, b in pairs)
 
 
 def of_channels(found: Findings, channels: set[int]) -> Findings:
@@ -148,8 +157,8 @@ def main() -> None:
     run = Run(asked.run)
     bare = asked.none / "scan-val" if asked.none else asked.bare
     if bare is not None:
-        same = are_alike(run.val_scan, unbraid.open_scan(bare))
-        print(f"without a target the scan is the same but for shares: {'yes' if same else 'NO'}")
+        same = "yes" if are_alike(run.val_scan, unbraid.open_scan(bare)) else "NO"
+        print(f"without a target the scan is the same but for shares and labels: {same}")
     if asked.none is not None:
         print(side_by_side(asked.run, asked.none))
     if asked.out is not None:

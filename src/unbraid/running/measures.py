@@ -68,9 +68,10 @@ def measure(
     drawn = None if measured.everything else draw_sample(scan, found)
     indices: Sequence[int] = range(scan.manifest.n_images) if drawn is None else drawn
     if drawn is not None:
+        switching = "" if measured.target.value is None else ", switching channels off"
         say(
-            f"Comparing outputs, switching channels off and embedding on a sample of {len(drawn):,}"
-            f" of {count(scan.manifest.n_images, 'validation image')}; --all takes all."
+            f"Comparing outputs{switching} and embedding on a sample of {len(drawn):,} of "
+            f"{count(scan.manifest.n_images, 'validation image')}; --all takes all."
         )
     channels = by_cosine(found) if measured.everything else _affordable(nets.model2, measured)
     if measured.target.value is None:
