@@ -108,7 +108,7 @@ class Misnamed(nn.Linear):
 
 
 def test_network_that_takes_more_than_images_is_told_to_be_wrapped():
-    with pytest.raises(ModelError, match="'age'.*takes a batch of images and nothing else"):
+    with pytest.raises(ModelError, match=r"'age'.*takes a batch of images and nothing else"):
         run_network(TwoInputs(3, 4), torch.ones(5, 3))
     with pytest.raises(ModelError, match="check size, channels"):  # the error is within
         run_network(Misnamed(3, 4), torch.ones(5, 3))

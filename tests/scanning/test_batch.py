@@ -126,7 +126,7 @@ class WritesIntoParts(nn.Module):
 
 def test_layer_that_is_written_into_so_that_no_gradient_is_left_says_so(tmp_path):
     network, images = WritesIntoParts(), SyntheticImages(4, dtype=torch.float32)
-    with pytest.raises(ModelError, match="gives no gradient at the layer.*target='none'"):
+    with pytest.raises(ModelError, match=r"gives no gradient at the layer.*target='none'"):
         unbraid.scan(network, "layer", images, tmp_path, batch_size=2)
     unbraid.scan(network, "layer", images, tmp_path / "none", batch_size=2, target=None)
     unbraid.scan(network, "head", images, tmp_path / "behind", batch_size=2)
