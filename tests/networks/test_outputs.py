@@ -97,6 +97,14 @@ def test_numbers_that_are_no_fractions_are_no_logits_but_compared(output, told):
     assert not torch.equal(run_network(PutsOut(other), torch.ones(5, 3)), rows)
 
 
+def test_single_number_beside_maps_counts_for_every_image():
+    rows = run_network(PutsOut((MAP, None, torch.tensor(7.0))), torch.ones(5, 3))
+    assert rows.shape == (5, 19)
+    assert rows[:, -1].tolist() == [7.0] * 5
+    with pytest.raises(ModelError, match="say where they are"):  # of no image
+        run_network(PutsOut((MAP, torch.ones(3))), torch.ones(5, 3))
+
+
 class TwoInputs(nn.Linear):
     def forward(self, x, age):
         return super().forward(x) + age

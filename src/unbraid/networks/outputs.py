@@ -303,7 +303,9 @@ def _rows_of(output: Any, n_images: int) -> Tensor | None:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
     if n_images == 1:
         return torch.cat([tensor.reshape(1, -1).to(dtype) for tensor in tensors], 1)
-    if any(tensor.dim() == 0 or len(tensor) != n_images for tensor in tensors):
+    # A single number is every image's, such as the scale that CLIP puts out.
+    tensors = [tensor.expand(n_images) if tensor.dim() == 0 else tensor for tensor in tensors]
+    if any(len(tensor) != n_images for tensor in tensors):
         return None
     return torch.cat([tensor.reshape(n_images, -1).to(dtype) for tensor in tensors], 1)
 
