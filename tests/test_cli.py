@@ -270,6 +270,17 @@ def test_layers_lists_exactly_what_scan_takes(home, call):
     assert (code, "several scans: own.0" in err) == (1, True), err
 
 
+def test_layers_of_a_network_for_signals_are_listed_by_their_data(home, call):
+    lines = ("import torch", "from torch import nn", "from torch.utils.data import TensorDataset")
+    lines += ("def build():", "    return nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(1))")
+    lines += ("def data():", "    return TensorDataset(torch.randn(3, 2, 9), torch.arange(3))")
+    (home / "signals.py").write_text("\n".join(lines))
+    code, out, err = call("layers", "signals.py:build", "--data", "signals.py:data")
+    assert (code, [line.split()[0] for line in out.splitlines()]) == (0, ["layer", "0"]), err
+    code, _, err = call("layers", "signals.py:build")
+    assert (code, "or give it images of its own by --data" in err) == (1, True), err
+
+
 def scan(**changed):
     """The arguments of a scan of validation images, but for some."""
     options = dict(zip(NETWORK[::2], NETWORK[1::2], strict=True))

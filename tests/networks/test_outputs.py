@@ -1,5 +1,6 @@
 """Where logits are in what a network puts out: by `--output` and `with_logits`, or told."""
 
+import dataclasses
 from collections import namedtuple
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ from torch import nn
 
 import unbraid
 from unbraid.base.errors import ModelError
-from unbraid.networks.outputs import as_logits
+from unbraid.networks.outputs import as_logits, run_network
 
 LOGITS = torch.arange(20.0).reshape(5, 4)
 MAP = torch.ones(5, 2, 3, 3)
@@ -68,3 +69,54 @@ def test_with_logits_of_no_logits_says_what_there_is(kind):
     with pytest.raises(ModelError, match=message) as caught:
         unbraid.with_logits(PutsOut(output), pick)(LOGITS)
     assert "\n" not in str(caught.value)
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    maps: torch.Tensor
+    logits: torch.Tensor
+
+
+def test_logits_are_found_in_a_dataclass_with_slots_and_in_a_sparse_tensor():
+    assert as_logits(Slotted(MAP, LOGITS)) is LOGITS
+    assert torch.equal(as_logits(LOGITS.to_sparse()), LOGITS)
+
+
+@pytest.mark.parametrize(
+    ("output", "told"),
+    [(LOGITS.long(), "of int64"), (torch.complex(LOGITS, LOGITS), "of complex64")],
+)
+def test_numbers_that_are_no_fractions_are_no_logits_but_compared(output, told):
+    with pytest.raises(ModelError, match=rf"a tensor \(5, 4\) {told}, not logits"):
+        as_logits(output)
+    rows = run_network(PutsOut(output), torch.ones(5, 3))
+    real = torch.view_as_real(output).flatten(1) if output.is_complex() else output
+    assert torch.equal(rows, real.to(rows.dtype))
+    other = output.clone()
+    other[3, 2] += 1
+    assert not torch.equal(run_network(PutsOut(other), torch.ones(5, 3)), rows)
+
+
+def test_single_number_beside_maps_counts_for_every_image():
+    rows = run_network(PutsOut((MAP, None, torch.tensor(7.0))), torch.ones(5, 3))
+    assert rows.shape == (5, 19)
+    assert rows[:, -1].tolist() == [7.0] * 5
+    with pytest.raises(ModelError, match="say where they are"):  # of no image
+        run_network(PutsOut((MAP, torch.ones(3))), torch.ones(5, 3))
+
+
+class TwoInputs(nn.Linear):
+    def forward(self, x, age):
+        return super().forward(x) + age
+
+
+class Misnamed(nn.Linear):
+    def forward(self, x):
+        return super().forward(x, x)
+
+
+def test_network_that_takes_more_than_images_is_told_to_be_wrapped():
+    with pytest.raises(ModelError, match=r"'age'.*takes a batch of images and nothing else"):
+        run_network(TwoInputs(3, 4), torch.ones(5, 3))
+    with pytest.raises(ModelError, match="check size, channels"):  # the error is within
+        run_network(Misnamed(3, 4), torch.ones(5, 3))

@@ -110,3 +110,27 @@ def test_a_device_without_room_for_one_image_is_told(batch_size, tmp_path):
     options = {"dataset": SyntheticImages(4), "out": tmp_path, "batch_size": batch_size}
     with pytest.raises(ModelError, match="not even one image"):
         unbraid.scan(NeedsRoom(0, False), "network.layer", **options)
+
+
+class WritesIntoParts(nn.Module):
+    """Writes into parts of the layer's output, which torch allows without gradients alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+
+    def forward(self, x):
+        one, other = self.layer(x).chunk(2, 1)
+        return self.head(torch.cat([one.relu_(), other], 1).mean((2, 3)))
+
+
+def test_layer_that_is_written_into_so_that_no_gradient_is_left_says_so(tmp_path):
+    network, images = WritesIntoParts(), SyntheticImages(4, dtype=torch.float32)
+    with pytest.raises(ModelError, match=r"gives no gradient at the layer.*target='none'"):
+        unbraid.scan(network, "layer", images, tmp_path, batch_size=2)
+    unbraid.scan(network, "layer", images, tmp_path / "none", batch_size=2, target=None)
+    unbraid.scan(network, "head", images, tmp_path / "behind", batch_size=2)
+    wide = SyntheticImages(4, dtype=torch.float32)
+    wide.images = torch.cat([wide.images, wide.images], 1)
+    with pytest.raises(ModelError, match="cannot run on images"):  # which is not for the gradient
+        unbraid.scan(network, "layer", wide, tmp_path / "wide", batch_size=2)

@@ -195,3 +195,71 @@ def test_a_wrapped_network_is_the_network(tmp_path):
     part = nn.Sequential(torch.compile(build("plain"), backend="eager"))
     part(images().images)  # compiled now, without hooks
     assert_same_shares(part, "0._orig_mod.layer", nn.Sequential(build("plain")), tmp_path / "part")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("way", ["script", "trace", "export"])
+def test_network_made_a_program_has_no_layers_and_is_compared_all_the_same(way, tmp_path):
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 16, 4)).eval()
+    dataset = SyntheticImages(4, size=(3, 6, 6), dtype=torch.float32)
+    x = torch.stack([image for image, _ in dataset])[:2]
+    program = {
+        "script": lambda: torch.jit.script(plain),
+        "trace": lambda: torch.jit.trace(plain, x),
+        "export": lambda: torch.export.export(
+            plain, (x,), dynamic_shapes=[{0: torch.export.Dim("n", min=1, max=64)}]
+        ).module(),
+    }[way]()
+    with pytest.raises(LayerError, match=r"a program that torch.jit or torch.export made"):
+        unbraid.scan(program, "all", dataset, tmp_path)
+    with pytest.raises(LayerError, match="cannot be split"):
+        unbraid.scan(program, "0", dataset, tmp_path)
+    assert unbraid.compare_outputs(plain, program, dataset, batch_size=2).top1_agreement == 1
+
+
+def test_network_of_layers_with_nothing_to_divide_says_why_none_can_be_split(tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    with pytest.raises(LayerError, match="has no layer that can be split: none is"):
+        unbraid.scan(network, "all", images(), tmp_path)
+
+
+class OneByOne(nn.Module):
+    """Runs its convolution on each image of a batch, without the first dimension."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.head(torch.stack([self.layer(one).relu().mean((1, 2)) for one in x]))
+
+
+class AtOnce(OneByOne):
+    def forward(self, x):
+        return self.head(self.layer(x).relu().mean((2, 3)))
+
+
+def test_layer_that_runs_on_single_images_without_their_first_dimension(tmp_path):
+    torch.manual_seed(0)
+    one, whole = OneByOne().double(), AtOnce().double()
+    whole.load_state_dict(one.state_dict())
+    dataset = SyntheticImages(8)
+    with pytest.raises(LayerError, match="does not lie together; use batch_size=1"):
+        unbraid.scan(one, "layer", dataset, tmp_path / "four", batch_size=4)
+    scans = [
+        unbraid.scan(network, "layer", dataset, tmp_path / name, batch_size=1)
+        for name, network in (("one", one), ("whole", whole))
+    ]
+    ours, theirs = (next(scan.shards()) for scan in scans)
+    assert_close(ours.pooled, theirs.pooled)
+    assert_close(ours.share_of(2), theirs.share_of(2))
+    split = unbraid.split(scans[0], unbraid.find(scans[0], channels={2: [[0], [1]]}))
+    x = dataset.images[:3]
+    moved = []
+    for network in (one, whole):
+        changed = unbraid.apply(network, split)
+        assert_bit_equal(network(x), changed(x))
+        with changed.gate("layer", 2, 0, 0.0):
+            moved.append(changed(x))
+    assert_close(*moved)
+    assert not torch.allclose(moved[0], one(x))

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 import unbraid
-from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.errors import CannotRun, UnbraidError, UsageError
 from unbraid.base.tables import Table, count, percent
 from unbraid.cli.shared import (
     Bands,
@@ -165,20 +165,38 @@ def run(
             show_runs(done)
 
 
-def layers(model: Model, *, weights: Weights = "random", output: Output = None) -> None:
+def layers(
+    model: Model, *, weights: Weights = "random", output: Output = None, data: str | None = None
+) -> None:
     """List the layers of a network that can be split.
 
     The network runs on one blank picture, to see which layers reach its logits.
+
+    Args:
+        data: Run it on the first image of this instead, as `unbraid scan` takes it: needed if the
+            network takes no pictures of three colours (FILE.py:FUNCTION).
     """
     from PIL import Image
 
-    from unbraid.scanning.scan import usable_layers
+    from unbraid.networks.layers import no_layers
+    from unbraid.scanning.scan import usable_in, usable_layers
 
     rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
-    note(loaded.note)
-    blank = loaded.transform(Image.new("RGB", (256, 256)))
-    for spec in usable_layers(loaded.model, blank[None]):
+    if data is None:
+        note(loaded.note)
+        blank = loaded.transform(Image.new("RGB", (256, 256)))
+        try:
+            specs = usable_layers(loaded.model, blank[None])
+        except CannotRun as error:
+            raise CannotRun(
+                f"{str(error).removesuffix('.')}, or give it images of its own by --data."
+            ) from error
+    else:
+        specs = usable_in(loaded.model, open_images(loaded, data, of_outputs=False))
+    if not specs:
+        raise no_layers(loaded.model)
+    for spec in specs:
         kernel = "" if spec.channels_last else "x".join(map(str, spec.kernel))
         cells = (spec.name, spec.kind, spec.n_in, spec.n_out, kernel, spec.groups)
         rows.append(list(map(str, cells)))

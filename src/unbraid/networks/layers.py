@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import quote
 
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -87,6 +88,8 @@ def layer_names(
     for layer in asked:
         if is_pattern(model, layer):
             known = [spec.name for spec in usable()]
+            if not known:
+                raise no_layers(model)
             # A network may have a part of a wrapper's name itself.
             fitting: list[str] = known if layer == ALL else []
             for pattern in (str(layer), unwrapped_name(str(layer))):
@@ -101,6 +104,22 @@ def layer_names(
     if not names:
         raise UsageError("No layer is named; name one or more.")
     return list(names)
+
+
+def no_layers(model: nn.Module) -> LayerError:
+    """Say why a network has no layer that can be split, and what to do."""
+    model = unwrap(model)
+    is_graph = isinstance(model, torch.fx.GraphModule)
+    if isinstance(model, torch.jit.ScriptModule) or (is_graph and not splittable_layers(model)):
+        return LayerError(
+            "The network is a program that torch.jit or torch.export made, in which no layer is "
+            "left; pass the network that it was made from."
+        )
+    return LayerError(
+        "The network has no layer that can be split: none is a convolution or fully connected "
+        "layer of two inputs or more that sees the images and has a gradient of the output, which "
+        "quantised parts and code under no_grad do not give; target='none' needs no gradient."
+    )
 
 
 def layer_folder(out: Path, name: str) -> Path:
@@ -193,6 +212,8 @@ def _examine(module: nn.Module) -> LayerSpec | str:
     elif isinstance(module, _CONVOLUTIONS):
         if module.in_channels == module.groups:
             return "each of its channels has a single input channel, nothing to divide"
+    elif isinstance(module, torch.jit.ScriptModule):
+        return "torch.jit made a program of it, so pass the network from before"
     else:
         return "it is not a convolution or fully connected layer, so not linear in its own weights"
     declared = _declared(module)

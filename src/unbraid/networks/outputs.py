@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from functools import reduce
 from typing import Any, TypeGuard
 
@@ -122,6 +124,7 @@ def as_logits(output: Any, n_images: int | None = None) -> Tensor:
             f"The network's output is {describe_output(output)}, not logits of shape (images, "
             f"classes); {_advice(output)}."
         )
+    logits = _plain(logits)
     if logits.dim() == 1 or logits.shape[1] == 1:
         logits = logits.reshape(-1, 1)
         return torch.cat([-logits, logits], 1)
@@ -140,7 +143,27 @@ def _called_logits(output: Any) -> Any:
 
 
 def _is_logits(output: Any) -> TypeGuard[Tensor]:
-    return isinstance(output, Tensor) and output.dim() in (1, 2)
+    """Whether it can be logits; whole numbers, such as winning classes, are none."""
+    if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+        return False
+    return output.is_floating_point() or output.is_quantized
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """Numbers as torch computes with them: not quantised, sparse or complex."""
+    if tensor.is_quantized:
+        tensor = tensor.dequantize()
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def attributes_of(output: Any) -> dict[str, Any]:
+    """What an object holds by name, also a dataclass with slots."""
+    held: dict[str, Any] | None = getattr(output, "__dict__", None)
+    if held is None and is_dataclass(output):
+        return {own.name: getattr(output, own.name, None) for own in fields(output)}
+    return held or {}
 
 
 def _advice(output: Any) -> str:
@@ -162,7 +185,7 @@ def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
     if isinstance(output, (tuple, list)):
         output = dict(enumerate(output))
     elif not isinstance(output, (Mapping, Tensor)):
-        output = getattr(output, "__dict__", {})
+        output = attributes_of(output)
     for name, value in output.items() if depth and isinstance(output, Mapping) else ():
         yield str(name), value
         for inner, part in _parts(value, depth - 1):
@@ -172,7 +195,8 @@ def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
 def describe_output(output: Any) -> str:
     """Say what a network's output is, in a few words."""
     if isinstance(output, Tensor):
-        return f"a tensor {tuple(output.shape)}"
+        of = "" if output.is_floating_point() else f" of {str(output.dtype).removeprefix('torch.')}"
+        return f"a tensor {tuple(output.shape)}{of}"
     return f"a {type(output).__name__}"
 
 
@@ -194,10 +218,22 @@ def run_raw(model: nn.Module, images: Tensor) -> Any:
     except Exception as error:  # of a network of anyone's own
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
+        advice = "check size, channels and type of the images"
+        if isinstance(error, TypeError) and not _takes_one(model):
+            advice = "wrap it so that its forward takes a batch of images and nothing else"
         raise CannotRun(
             f"The network cannot run on images of shape {tuple(images.shape[1:])} and "
-            f"{images.dtype} ({brief(error)}); check size, channels and type of the images."
+            f"{images.dtype} ({brief(error)}); {advice}."
         ) from error
+
+
+def _takes_one(model: nn.Module) -> bool:
+    """Whether the network can be called with one thing."""
+    try:
+        inspect.signature(model.forward).bind(None)
+    except TypeError:
+        return False
+    return True
 
 
 def as_rows(output: Any, n_images: int) -> Tensor:
@@ -237,27 +273,27 @@ def logits_of(output: Any, n_images: int) -> Tensor:
 
 def _rows_of(output: Any, n_images: int) -> Tensor | None:
     """All numbers of an output that is no logits, (N, D); None if some are of no image."""
-    tensors = numbers_in(output)
-    if not tensors or any(tensor.is_meta for tensor in tensors):
+    tensors = [_plain(tensor) for tensor in numbers_in(output) if not tensor.is_meta]
+    if not tensors or len(tensors) < len(numbers_in(output)):
         return None
     # Whole numbers beside fractions keep all their digits.
     fractions = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     exact = len(fractions) == len(tensors)
     dtype = reduce(torch.promote_types, fractions) if exact else torch.float64
-    if any(tensor.is_complex() for tensor in tensors):
-        return None
     each = isinstance(output, (list, tuple)) and len(output) == n_images
     if each and all(isinstance(one, Mapping) for one in output):
         rows = []
         for one in output:
-            own = numbers_in(one)
+            own = [_plain(tensor) for tensor in numbers_in(one)]
             sizes = torch.tensor([part.numel() for part in own], dtype=dtype)
             parts = [part.reshape(-1).to(dtype) for part in own]
             rows.append(torch.cat([sizes.to(tensors[0].device), *parts]))
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
     if n_images == 1:
         return torch.cat([tensor.reshape(1, -1).to(dtype) for tensor in tensors], 1)
-    if any(tensor.dim() == 0 or len(tensor) != n_images for tensor in tensors):
+    # A single number is every image's, such as the scale that CLIP puts out.
+    tensors = [tensor.expand(n_images) if tensor.dim() == 0 else tensor for tensor in tensors]
+    if any(len(tensor) != n_images for tensor in tensors):
         return None
     return torch.cat([tensor.reshape(n_images, -1).to(dtype) for tensor in tensors], 1)
 
@@ -273,7 +309,7 @@ def numbers_in(output: Any, seen: tuple[int, ...] = ()) -> list[Tensor]:
     elif isinstance(output, (list, tuple)):
         parts = output
     else:
-        parts = list(getattr(output, "__dict__", {}).values())
+        parts = list(attributes_of(output).values())
     return [tensor for part in parts for tensor in numbers_in(part, (*seen, id(output)))]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -62,7 +62,8 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             if parameter.is_leaf and not is_lazy(parameter)
         }
         try:
-            model.eval()
+            with suppress(NotImplementedError):  # of torch.export's programs, which have no modes
+                model.eval()
             for parameter in wanted:
                 parameter.requires_grad_(False)
             with _uncompiled(), without_autocast():

@@ -125,8 +125,8 @@ def widen(x: Tensor) -> Tensor:
 
 def channels_first(spec: LayerSpec, x: Tensor) -> Tensor:
     """Bring a layer's input or output to (N, channels, positions ...)."""
-    if not spec.channels_last:
-        return x
+    if not spec.channels_last:  # of a single image a convolution may lack the first dimension
+        return x if x.dim() > 1 + len(spec.kernel) else x[None]
     if x.dim() == 1:  # of a single image, whose N was left out
         x = x[None]
     return x.flatten(1, -2).movedim(-1, 1) if x.dim() > 2 else x.unsqueeze(-1)

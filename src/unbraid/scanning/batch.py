@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unbraid.base.errors import DataError, LayerError, ModelError, OutOfMemory, brief, memory_full
+from unbraid.base.errors import (
+    CannotRun,
+    DataError,
+    LayerError,
+    ModelError,
+    OutOfMemory,
+    brief,
+    memory_full,
+)
 from unbraid.images.batches import as_batch
 from unbraid.images.broken import Loaded
 from unbraid.networks.copying import device_of, tensors_in
@@ -148,7 +156,7 @@ def scan_batch(
         if target.value is None:
             stack.enter_context(torch.no_grad())
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            output = run_raw(model, images)
+            output = _run_cut(model, images)
         for layer, cut in zip(layers, cuts, strict=True):
             cut.recording = False
             if not cut.outputs:
@@ -173,6 +181,25 @@ def scan_batch(
     flags = [item.index in repeated for item in items]
     _see_places(layers, cuts, known, number_of, torch.tensor(flags, dtype=torch.bool))
     return records
+
+
+def _run_cut(model: nn.Module, images: Tensor) -> Any:
+    """Run a network; ModelError if it runs without gradients alone."""
+    try:
+        return run_raw(model, images)
+    except CannotRun as error:
+        if not torch.is_grad_enabled():
+            raise
+        with torch.no_grad():  # which raises the error if it is not for the gradient
+            run_raw(model, images)
+        raise _no_gradient(error.__cause__ or error) from None
+
+
+def _no_gradient(error: BaseException) -> ModelError:
+    return ModelError(
+        f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
+        "that place, one at a time, or scan with target='none', which needs none."
+    )
 
 
 def _labels(
@@ -239,10 +266,7 @@ def _gradients_of_each(
     except RuntimeError as error:  # what is written in place behind a layer may leave no gradient
         if memory_full(error):
             raise OutOfMemory("The device is out of memory; lower batch_size.") from None
-        raise ModelError(
-            f"The network gives no gradient at the layer ({brief(error)}); choose a layer behind "
-            "that place, one at a time, or scan with target='none', which needs none."
-        ) from None
+        raise _no_gradient(error) from None
     return [[next(flat) for _ in outputs] for outputs in calls]
 
 

@@ -23,6 +23,7 @@ from unbraid.base.tables import one_line
 from unbraid.images.identity import text_of
 from unbraid.images.tensors import read_tensor_file
 from unbraid.networks.outputs import (
+    attributes_of,
     check_labels,
     describe_output,
     logits_of,
@@ -220,7 +221,7 @@ def _part(output: Any, names: Sequence[str], fits: Callable[[Tensor], bool]) -> 
     """The output itself, the only part of a list, or the first part of a known name, if it fits."""
     if isinstance(output, (list, tuple)) and len(output) == 1:
         output = output[0]
-    held = output if isinstance(output, Mapping) else getattr(output, "__dict__", {})
+    held = output if isinstance(output, Mapping) else attributes_of(output)
     for part in (output, *(held[name] for name in names if name in held)):
         if isinstance(part, Tensor) and fits(part):
             return part

@@ -70,6 +70,8 @@ class SplitLayer(nn.Module):
         While nothing intervenes, the correction is zero in value and alive in gradient. It is minus
         (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
+        if not self.spec.channels_last and input.dim() == 1 + len(self.spec.kernel):
+            return self.forward(input[None], output_size)[0]  # a single image
         # Transposed convolutions alone take a size, that of the layer's own padding.
         z: Tensor = self.original(input, *(() if output_size is None else (output_size,)))
         dim = -1 if self.spec.channels_last else 1
