@@ -28,7 +28,7 @@ from unbraid.reporting.layers import DATA, LayerRow, Layers, describe_layer, rea
 from unbraid.reporting.layers_page import write_index
 from unbraid.running.circuits import follow_layers
 from unbraid.running.finished import Run, looked_at, seen_in
-from unbraid.running.folders import SCANS, Settings
+from unbraid.running.folders import SCANS, Settings, look_in_words
 from unbraid.running.measures import formatted_as, of_all
 from unbraid.running.run import (
     Job,
@@ -100,7 +100,7 @@ def run_layers(
         index.put_run(made)
     n_missing = len(index.missing)
     if n_missing:
-        index.notes = [
+        index.notes += [
             f"{n_missing} of {count(len(index.every), 'layer')} that can be split were not "
             f"searched; --layer {ALL} searches every one."
         ]
@@ -127,6 +127,7 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
     if fit is not None and fit.warning:  # the run says it too
         notes.append(fit.warning)
     index = _Index(job, out, every)
+    notes = [*index.notes, *notes]
     index.notes = notes
     begun = time.monotonic()
     for k, name in enumerate(names, start=1):
@@ -237,6 +238,8 @@ class _Index:
     def __init__(self, job: Job, out: Path, every: Sequence[str]) -> None:
         """Find the folder; read what is there."""
         self.title, self.every, self.notes = job.title, list(every), list[str]()
+        if look := look_in_words(job.source):
+            self.notes.append(look)
         named = read_target(job.target).name
         own = Settings("", job.thresholds, {}, job.encoder, job.labels, places=job.places)
         self.settings = str(replace(own, target=named))
