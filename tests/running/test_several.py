@@ -300,9 +300,8 @@ def test_of_many_channels_of_a_layer_only_those_with_the_lowest_cosines_are_meas
     assert {row.n_measured for row in rows if row.n_sure + row.n_uncertain} == {1}
 
 
-@pytest.mark.parametrize("labels", ["given", "predicted"])
 def test_all_layers_split_are_compared_on_a_sample_but_as_accurate_as_on_all_images(
-    labels, tmp_path, monkeypatch
+    tmp_path, monkeypatch
 ):
     for name, n in (("LEAST", 5), ("MOST", 5)):
         monkeypatch.setattr(sample, name, n)
@@ -310,13 +309,13 @@ def test_all_layers_split_are_compared_on_a_sample_but_as_accurate_as_on_all_ima
     monkeypatch.setattr(
         several, "formatted_as", lambda *own: formats.append(own[0]) or formatted_as(*own)
     )
-    done = run(tmp_path, ["2", "0"], said=said, labels=labels)
+    done = run(tmp_path, ["2", "0"], said=said)
     assert done.output.n_images == 5
     assert any("on a sample of 5 of 24 validation images; --all takes all" in s for s in said)
     for own in done.runs.values():
         assert own.evaluation.output.top1_before == done.output.top1_before
     assert formats == [done.runs["2"].val_scan]
-    everything = run(tmp_path, ["2", "0"], labels=labels, everything=True).output
+    everything = run(tmp_path, ["2", "0"], everything=True).output
     assert (everything.n_images, everything.top1_after) == (24, done.output.top1_after)
 
 
