@@ -100,7 +100,9 @@ def test_write_whole_tells_a_folder_that_fails_when_synced(number, tmp_path, mon
 
     at_fsync(monkeypatch, fail)
     if number == errno.EIO:
-        with pytest.raises(RunError, match="cannot be written"):
+        with pytest.raises(
+            RunError, match=r"cannot be written \(.*\); mend that, or name another place"
+        ):
             write_whole(tmp_path / "a", b"whole")
     else:
         write_whole(tmp_path / "a", b"whole")

@@ -68,6 +68,7 @@ def test_tau_is_never_below_the_smallest_share_kept_and_a_note_says_where_that_b
     assert found.tau == 0.2
     assert found.note.startswith("The tau chosen is the smallest share that the scan kept, 0.2: ")
     assert str(found).endswith(f"\nNote: {found.note}")
+    assert unbraid.find(scan, tau="auto", concepts="clusters").note == ""  # which ask no tau
     shares = torch.full((20, 8), 0.01239, dtype=torch.float64)  # cut to three digits, 0.0123
     scan = write_scan(tmp_path / "b", shares=shares, labels=labels, min_share=0.0123456)
     found = unbraid.find(scan, tau="auto")

@@ -143,6 +143,18 @@ def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
     assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
 
 
+def test_evaluate_tells_how_far_it_is_if_asked(case, monkeypatch, capsys):
+    monkeypatch.setattr("unbraid.base.progress.PATIENCE", 0.0)
+    quiet = unbraid.evaluate(case.split, case.scan)
+    assert capsys.readouterr().err == ""
+    told = unbraid.evaluate(case.split, case.scan, progress=True)
+    assert told.channels == quiet.channels
+    n_channels, n_images = len(case.split.channels), case.scan.manifest.n_images
+    read, measured = capsys.readouterr().err.splitlines()
+    assert read.startswith(f"Reading responses: {n_images} of {n_images}, ")
+    assert measured.startswith(f"Measuring: {n_channels} of {n_channels}, ")
+
+
 def test_evaluate_without_positions_or_of_what_does_not_fit(case, case_of, other_weights):
     result = unbraid.evaluate(case.split, case_of("reflect", positions=False).scan)
     expected = unbraid.evaluate(case.split, case.scan).channels

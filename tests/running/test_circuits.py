@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -193,3 +194,16 @@ def test_the_command_prints_a_table_and_writes_pictures_and_figures(
         main()
     assert stopped.value.code == 2
     assert "name another folder" in capsys.readouterr().err
+
+
+def test_circuits_left_out_are_told_with_the_command_that_follows_them(out, tmp_path, monkeypatch):
+    copy, said = Path(shutil.copytree(out, tmp_path / "a run")), []
+    (copy / "mix" / CIRCUITS).unlink()
+    monkeypatch.setattr(module, "N_CHANNELS", 1)
+    job = Mock(model=load_network(), loading=Loading(), say=said.append)
+    module.follow_layers(job, {"mix": Run(copy / "mix")})
+    (n_found,) = {len(Run(copy / "mix").found.concepts)}
+    assert said == [
+        f"Following 1 circuit of mix through earlier layers, those of {n_found} with the lowest "
+        f"cosines; `unbraid circuit '{copy / 'mix'}' --channel N` follows another."
+    ]

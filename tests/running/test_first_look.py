@@ -272,6 +272,11 @@ def test_first_look_at_layers_has_a_folder_for_each(tmp_path):
     assert len(apart) == 1
     assert_same(tmp_path / "a", content(tmp_path / "b"))
     assert check(tmp_path / "a").whole
+    told = "First look at 32 of 80 training and 16 of 30 validation images. The full run: COMMAND"
+    for look in (together[0], *run(tmp_path / "c", layers=["all"], quick=True)):
+        assert look.layers.notes[0] == told
+        assert told in look.index.read_text()
+    assert not any("First look" in note for note in together[1].layers.notes)
 
 
 def test_first_look_without_labels_and_its_report_again(tmp_path, monkeypatch):

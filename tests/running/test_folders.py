@@ -13,6 +13,9 @@ from unbraid.base import files
 from unbraid.base.files import set_aside, write_new
 from unbraid.cli import make
 from unbraid.finding.findings import Findings
+from unbraid.images.kept import LISTED, LISTED_PARTS
+from unbraid.networks.layers import layer_folder
+from unbraid.reporting.layers import DATA
 from unbraid.reporting.pictures import Sight
 from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, home_of, read_settings, take_folder
@@ -106,3 +109,19 @@ def test_write_new_writes_only_where_nothing_is(links, tmp_path, monkeypatch):
 def test_a_run_chooses_tau_unless_one_is_given_and_find_has_the_published_one():
     defaults = [inspect.signature(f).parameters["tau"].default for f in (make.run, make.find)]
     assert [Thresholds().tau, *defaults] == ["auto", "auto", 0.03]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(folders.FIRST_LOOK, *folders.SCANS, folders.FEATURES, *folders._RESULTS),
+        *(folders.SETTINGS, "settings-2", "settings-10", "positions-train", "positions-val-2"),
+        *(DATA, "index.html", "layers.csv", LISTED, *LISTED_PARTS.values(), "manifest.json"),
+        *("shard-000000.safetensors", f"{LISTED}.before", "circuits", "QUICK"),
+    ],
+)
+def test_a_layer_never_has_the_folder_of_something_else(name, tmp_path):
+    folder = layer_folder(tmp_path, name)
+    assert folder.parent == tmp_path
+    assert folder.name.lower() != name.lower()
+    assert layer_folder(tmp_path, folder.name) != folder  # that of a layer of this very name

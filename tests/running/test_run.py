@@ -362,4 +362,5 @@ def test_run_tells_visualisations_left_out(out, monkeypatch):
     monkeypatch.setattr(making, "_PIXELS", 3 * 42)  # a channel at once
     made, said = visualized(out)
     assert (len(made.channels), made.left_out) == (1, len(Run(out).found.channels) - 1)
-    assert said[-1] == "Visualised only the 1 channel with the lowest cosines."
+    assert said[-1].startswith("Visualised only the 1 channel with the lowest cosines, for lack of")
+    assert "unbraid.visualize in Python makes the others" in said[-1]

@@ -17,7 +17,7 @@ from tiny_networks import SyntheticImages
 from unbraid.base.errors import LayerError, ModelError, OutputChangedError
 from unbraid.reporting.layers import read_layers
 from unbraid.running import run as running
-from unbraid.running import several
+from unbraid.running import sample, several
 from unbraid.running.check import check
 from unbraid.running.folders import Thresholds
 from unbraid.running.several import run_layers
@@ -288,3 +288,58 @@ def test_resnet50_is_searched_as_a_whole(tmp_path, monkeypatch):
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     assert [row.layer for row in done.layers.layers] == names
     assert (done.runs, done.output) == ({}, None)
+
+
+def test_of_many_channels_of_a_layer_only_those_with_the_lowest_cosines_are_measured(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(several, "N_MEASURED", 1)
+    monkeypatch.setattr(several, "N_FULL", 0)
+    rows = run(tmp_path).layers.layers
+    assert max(row.n_sure + row.n_uncertain for row in rows) > 1
+    assert {row.n_measured for row in rows if row.n_sure + row.n_uncertain} == {1}
+
+
+def test_all_layers_split_are_compared_on_a_sample_but_as_accurate_as_on_all_images(
+    tmp_path, monkeypatch
+):
+    for name, n in (("LEAST", 5), ("MOST", 5)):
+        monkeypatch.setattr(sample, name, n)
+    formats, said, formatted_as = [], [], several.formatted_as
+    monkeypatch.setattr(
+        several, "formatted_as", lambda *own: formats.append(own[0]) or formatted_as(*own)
+    )
+    done = run(tmp_path, ["2", "0"], said=said)
+    assert done.output.n_images == 5
+    assert any("on a sample of 5 of 24 validation images; --all takes all" in s for s in said)
+    for own in done.runs.values():
+        assert own.evaluation.output.top1_before == done.output.top1_before
+    assert formats == [done.runs["2"].val_scan]
+    everything = run(tmp_path, ["2", "0"], everything=True).output
+    assert (everything.n_images, everything.top1_after) == (24, done.output.top1_after)
+
+
+def test_layers_with_names_of_our_own_folders_have_others(tmp_path):
+    names = ["quick", "scan-train", "settings-2", "head"]
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    for name, (n_in, n_out) in zip(names, [(3, 8), (8, 10), (10, 6)], strict=False):
+        model.add_module(name, nn.Conv2d(n_in, n_out, 1))
+        model.add_module(f"{name}_", nn.ReLU())
+    for name, module in (
+        *(("pool", nn.AdaptiveAvgPool2d(1)), ("flat", nn.Flatten())),
+        ("head", nn.Linear(6, 4)),
+    ):
+        model.add_module(name, module)
+    options = {"source": {}, "title": "x", "features": False, "thresholds": LOOSE}
+    options |= {"loading": Loading(batch_size=16), "say": lambda _: None}
+    done = run_layers(model.double(), ["all"], TRAIN, VAL, tmp_path, **options)
+    assert [row.layer for row in done.layers.layers] == names
+    assert not any((tmp_path / name).exists() for name in names[:3])
+    assert check(tmp_path).whole
+    made = {own.page for own in done.runs.values()}
+    # Another start knows that the folder is of several layers, and where each lies.
+    again = run_layers(model.double(), ["settings-2"], TRAIN, VAL, tmp_path, **options)
+    assert again.runs["settings-2"].folder == tmp_path / "%73ettings-2"
+    assert again.runs["settings-2"].page.parent.parent == tmp_path
+    assert all(page.exists() for page in made)

@@ -188,7 +188,9 @@ def _write(path: Path, fill: Callable[[BinaryIO], object], name: Callable[[Path]
                 f"The disk is full, {path.name} was not written; what is finished is kept: make "
                 "room and start the same command again."
             ) from None
-        raise RunError(f"{path} cannot be written ({error.strerror}).") from None
+        raise RunError(
+            f"{path} cannot be written ({error.strerror}); mend that, or name another place."
+        ) from None
 
 
 def _sync_names(folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,9 +36,16 @@ QUIET = Progress()
 
 
 @contextmanager
+def waiting(title: str) -> Iterator[None]:
+    """Tell that a block of unknown length still runs, once it takes long."""
+    with counted(title, None, show=True, patience=PATIENCE):
+        yield
+
+
+@contextmanager
 def counted(
     title: str,
-    total: int,
+    total: int | None,
     done: int = 0,
     *,
     unit: str = "images",
@@ -47,17 +55,20 @@ def counted(
     """Count while a block runs; the function handed out adds to the count.
 
     On a terminal that is a bar, with the time left. Elsewhere, as in a log file, it is a line every
-    half minute. Nothing is shown before so many seconds of patience are over.
+    half minute, also where a single unit takes longer. Nothing is shown before so many seconds of
+    patience are over. Of a total that nobody knows (None) only the time is told.
     """
     console = Console(stderr=True)
     if show and not console.is_terminal:
         lines = _Lines(title, total, done, unit)
-        yield lines.advance
+        with lines.by_the_clock():
+            yield lines.advance
         lines.end(patience)
         return
+    counts = (bars.MofNCompleteColumn(), _Rate(unit), bars.TimeRemainingColumn())
     columns = (
         *(bars.TextColumn("{task.description}"), bars.BarColumn()),
-        *(bars.MofNCompleteColumn(), _Rate(unit), bars.TimeRemainingColumn()),
+        *(counts if total is not None else (bars.TimeElapsedColumn(),)),
     )
     bar = bars.Progress(*columns, console=console, disable=not show)
     task, start = bar.add_task(title, total=total, completed=done), time.monotonic()
@@ -67,11 +78,18 @@ def counted(
         if not bar.live.is_started and time.monotonic() - start >= patience:
             bar.start()
 
+    late = threading.Timer(patience, bar.start)  # where nothing is counted meanwhile
+    late.daemon = True
     if not patience:
         bar.start()
+    elif show:
+        late.start()
     try:
         yield advance
     finally:
+        late.cancel()
+        if late.is_alive():
+            late.join()
         if bar.live.is_started:  # of one that is not, older versions of rich write an empty line
             bar.stop()
 
@@ -93,21 +111,47 @@ class _Rate(bars.ProgressColumn):
 class _Lines:
     """Progress where nothing can be written over: a line now and then, and one at the end."""
 
-    def __init__(self, title: str, total: int, done: int, unit: str) -> None:
+    def __init__(self, title: str, total: int | None, done: int, unit: str) -> None:
         self._title, self._total, self._begun, self._done = title, total, done, done
         self._start = self._told = time.monotonic()
-        self._unit = unit
+        self._unit, self._lock = unit, threading.Lock()
+
+    @contextmanager
+    def by_the_clock(self) -> Iterator[None]:
+        """Look at the clock meanwhile, as a unit may take longer than a line should wait."""
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.wait(SECONDS_OF_LINES):
+                self.advance(0)
+
+        looker = threading.Thread(target=look, daemon=True)
+        looker.start()
+        try:
+            yield
+        finally:
+            over.set()
+            looker.join()
 
     def advance(self, n: int) -> None:
-        self._done += n
-        now = time.monotonic()
-        if now - self._told >= SECONDS_OF_LINES and self._done < self._total:
+        with self._lock:
+            self._done += n
+            now = time.monotonic()
+            if now - self._told < SECONDS_OF_LINES or self._done == self._total:
+                return
             self._told = now
-            left = (self._total - self._done) / self._speed(now) if self._done > self._begun else 0
-            self._tell(now, f", {_clock(left)} left" if left else "")
+            if self._total is None or self._done == self._begun:
+                counts = "" if self._total is None else f"{self._done:,} of {self._total:,}, "
+                so_far = f"{self._title}: {counts}{_clock(now - self._start)} so far"
+                print(so_far, file=sys.stderr, flush=True)
+            else:
+                left = (self._total - self._done) / self._speed(now)
+                self._tell(now, f", {_clock(left)} left")
 
     def end(self, patience: float) -> None:
         now = time.monotonic()
+        if self._total is None:
+            return
         if self._begun == self._total:
             text = f"{self._title}: {self._total:,} of {self._total:,} were there already"
             print(text, file=sys.stderr, flush=True)
@@ -118,7 +162,7 @@ class _Lines:
         return (self._done - self._begun) / max(now - self._start, 1e-9)
 
     def _tell(self, now: float, more: str) -> None:
-        text = f"{self._title}: {self._done:,} of {self._total:,}"
+        text = f"{self._title}: {self._done:,} of {self._total or 0:,}"
         speed = f"{_rate(self._speed(now))} {self._unit}/s"
         print(f"{text}, {speed}{more}", file=sys.stderr, flush=True)
 

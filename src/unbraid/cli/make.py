@@ -107,6 +107,7 @@ def run(
             OUT/quick. The same command without --quick goes on from there. With 20,000 images or
             more, every run begins with a first look unless you say --no-quick.
     """
+    from unbraid.base.progress import waiting
     from unbraid.base.team import n_ranks
     from unbraid.images.kept import LISTED_PARTS, tentative
     from unbraid.images.open import images_of_run, labelled
@@ -125,7 +126,8 @@ def run(
     say(f"Network {network.model}, layer {', '.join(layer)}.")
     with tentative(home_of(out), *LISTED_PARTS.values()) as lists:
         kept = dict(zip(LISTED_PARTS, lists, strict=False))
-        train, val, assumed = images_of_run(loaded, data, kept, of_outputs=sought.of_class)
+        with waiting("Listing images"):
+            train, val, assumed = images_of_run(loaded, data, kept, of_outputs=sought.of_class)
         note(assumed)
         for images in (train, val):
             draw_by(images, drawn)
@@ -346,7 +348,8 @@ def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
         out: JSON file to write or replace.
     """
     refuse_result(out)
-    result = unbraid.evaluate(unbraid.Split.load(split), unbraid.open_scan(scan))
+    opened = unbraid.open_scan(scan)
+    result = unbraid.evaluate(unbraid.Split.load(split), opened, progress=True)
     if out is not None:
         result.save(out)
     show_table(result)

@@ -102,9 +102,11 @@ def open_images(
     loaded: LoadedModel, source: str, listed: Path | None = None, *, of_outputs: bool = True
 ) -> ListedImages:
     """Open images from any source, with a network's preprocessing and labels."""
+    from unbraid.base.progress import waiting
     from unbraid.images.open import images_for
 
-    images, assumed = images_for(loaded, source, listed, of_outputs=of_outputs)
+    with waiting("Listing images"):
+        images, assumed = images_for(loaded, source, listed, of_outputs=of_outputs)
     note(assumed)
     return images
 

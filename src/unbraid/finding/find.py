@@ -116,6 +116,7 @@ def find(
         tau, auto = scan.manifest.min_share, False
     elif tau == "auto":
         tau, *_, note = choose_tau(scan, p, gamma, told) if of_classes else typical_taus(scan)
+        note = "" if concepts == "clusters" else note  # which are found without it
     if concepts == "clusters":
         found = search_clusters(scan, gamma, told)
     elif images is not None:

@@ -6,6 +6,7 @@ pooled pre-activation, new (N, K) the concept channels', concept (N,) which one 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import as_kind, real_number
+from unbraid.base.arguments import as_kind, flag, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.progress import Advance, Progress
 from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
@@ -50,6 +52,10 @@ from unbraid.splitting.splits import ChannelSplit, Split
 _MAX_BYTES = 2**27  # of responses to all images held at a time
 
 
+def _untold(_: int) -> None:
+    """Count nothing."""
+
+
 @in_plain_modes
 def evaluate(
     split: Split,
@@ -62,6 +68,7 @@ def evaluate(
     semantics: Semantics | None = None,
     everything: Scan | None = None,
     maps: Scan | None = None,
+    progress: bool = False,
 ) -> Evaluation:
     """Compute the measures of "Evaluate" in docs/method.md for every split channel.
 
@@ -82,6 +89,7 @@ def evaluate(
             portions are in memory at once), and read the records once for every portion.
         maps: a scan with positions of some of the images, for the rectified measures, where
             `scan` has none; those of a channel are None if it lacks a concept.
+        progress: show on standard error how far it is, if it takes long.
 
     Returns:
         An Evaluation: errors relative to the whole channel, and fractions between 0 and 1.
@@ -106,15 +114,18 @@ def evaluate(
     tau = float(split.settings["tau"]) if tau is None else real_number("tau", tau)
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
-    responses = gather_responses(split, scan)
+    told = Progress(flag("progress", progress))
+    with told.of("Reading responses", scan.manifest.n_images, "images") as advance:
+        responses = gather_responses(split, scan, advance)
     shaped = responses if maps is None else _gather(split, maps)
-    channels = [
-        _evaluate_channel(split, part, responses[part.channel], shaped.get(part.channel), tau)
-        for part in split.channels
-    ]
-    if everything is not None:
-        pairs = zip(channels, respond_to_all(split, everything), strict=True)
-        channels = [_over_all(channel, *responses) for channel, responses in pairs]
+    with told.of("Measuring", len(split.channels), "channels") as advance:
+        channels = []
+        whole = itertools.repeat(None) if everything is None else respond_to_all(split, everything)
+        for part, to_all in zip(split.channels, whole, strict=False):
+            own = responses[part.channel]
+            measured = _evaluate_channel(split, part, own, shaped.get(part.channel), tau)
+            channels.append(measured if to_all is None else _over_all(measured, *to_all))
+            advance(1)
     return Evaluation(
         split.method,
         split.layer.name,
@@ -126,7 +137,7 @@ def evaluate(
         semantics,
         baseline=None
         if baseline is None
-        else evaluate(baseline, scan, tau=tau, everything=everything, maps=maps),
+        else evaluate(baseline, scan, tau=tau, everything=everything, maps=maps, progress=progress),
     )
 
 
@@ -178,9 +189,9 @@ def _refuse_other_results(
         )
 
 
-def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
+def gather_responses(split: Split, scan: Scan, advance: Advance = _untold) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
-    gathered = _gather(split, scan)
+    gathered = _gather(split, scan, advance)
     for part in split.channels:
         own = gathered.get(part.channel)
         seen = set() if own is None else set(own.concept.tolist())
@@ -193,7 +204,7 @@ def gather_responses(split: Split, scan: Scan) -> dict[int, Responses]:
     return gathered
 
 
-def _gather(split: Split, scan: Scan) -> dict[int, Responses]:
+def _gather(split: Split, scan: Scan, advance: Advance = _untold) -> dict[int, Responses]:
     """The same, of the channels of whose concepts the scan has an image."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
     members = split.members_in(scan)
@@ -202,6 +213,7 @@ def _gather(split: Split, scan: Scan) -> dict[int, Responses]:
             responses = _respond(members, records, part)
             if len(responses.concept):
                 parts[part.channel].append(responses)
+        advance(len(records))
     return {channel: join(responses) for channel, responses in parts.items() if responses}
 
 

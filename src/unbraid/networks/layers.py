@@ -7,6 +7,7 @@ the padding that it declares or TensorFlow's.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
@@ -31,6 +32,12 @@ from unbraid.networks.spec import SAME, TRANSPOSED, LayerSpec, as_rows, channels
 
 LayerName = str | nn.Module
 ALL = "all"  # stands for every layer that can be scanned
+# What runs and scans call their own folders and files, also where case does not tell names apart.
+_OURS = re.compile(
+    r"quick|settings-\d+|scan-(train|val)|positions-.*|features|circuits|"
+    r".+\.(csv|html|json|safetensors|txt|before|damaged|replaced|tmp)",
+    re.IGNORECASE,
+)
 # Parts of the projections of attention, by their names, in order; those out of it have heads of
 # inputs.
 _PARTS: dict[str, tuple[str, ...]] = {
@@ -123,8 +130,16 @@ def no_layers(model: nn.Module) -> LayerError:
 
 
 def layer_folder(out: Path, name: str) -> Path:
-    """Return the folder of one of several layers, whatever characters its name has."""
-    return out / quote(name, safe="")
+    """Return the folder of one of several layers, whatever its name.
+
+    Names are written as in URLs. The first letter of one that a run or scan gives to a folder or
+    file of its own is written so too, so that neither takes the other's place.
+
+    >>> [layer_folder(Path(), name).name for name in ("layer4.2.conv3", "a/b", "quick")]
+    ['layer4.2.conv3', 'a%2Fb', '%71uick']
+    """
+    own = quote(name, safe="")
+    return out / (f"%{ord(own[0]):02X}{own[1:]}" if _OURS.fullmatch(own) else own)
 
 
 def heads(model: nn.Module, layer: LayerName) -> dict[str, range]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -223,7 +224,13 @@ def follow_layers(job: Job, runs: Mapping[str, Run]) -> None:
             for part in channels
         }
         n = {channel: min(3, n_sources(len(own))) for channel, own in wanted.items()}
-        job.say(f"Following {count(len(wanted), 'circuit')} of {name} through earlier layers.")
+        told = f"Following {count(len(wanted), 'circuit')} of {name} through earlier layers"
+        if len(channels) < len(run.found.concepts):
+            told += (
+                f", those of {len(run.found.concepts):,} with the lowest cosines; "
+                f"`unbraid circuit {shlex.quote(str(run.folder))} --channel N` follows another"
+            )
+        job.say(f"{told}.")
         loading = {"workers": job.loading.workers}
         try:
             made = through_earlier(run, before, wanted, job.model, run.images, n, **loading)

@@ -128,16 +128,21 @@ class Settings:
 
 def first_look_in_words(source: Mapping[str, Any], found: Findings) -> str:
     """Say what a first look rests on, how sure it is, and what looks at the rest; else nothing."""
+    n_sure = len(found.sure_channels)
+    n_uncertain = len(found.concepts) - n_sure
+    return look_in_words(
+        source, f": {n_sure:,} sure, {n_uncertain:,} uncertain polysemantic channels"
+    )
+
+
+def look_in_words(source: Mapping[str, Any], found: str = "") -> str:
+    """Say what a first look rests on, what was found, and what looks at the rest; else nothing."""
     look = source.get("first_look")
     if not isinstance(look, dict) or not all(
         isinstance(look.get(k), str) for k in ("images", "command")
     ):
         return ""
-    n_sure = len(found.sure_channels)
-    return (
-        f"First look at {look['images']}: {n_sure:,} sure, {len(found.concepts) - n_sure:,} "
-        f"uncertain polysemantic channels. The full run: {look['command']}"
-    )
+    return f"First look at {look['images']}{found}. The full run: {look['command']}"
 
 
 def read_settings(out: Path) -> Settings | None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,8 @@ from unbraid.measuring.encoders import Encoder, Penultimate, name_of_encoder
 from unbraid.measuring.likeness import Semantics
 from unbraid.measuring.one_pass import pass_once
 from unbraid.measuring.semantics import look, measure_semantics
-from unbraid.networks.copying import device_of, tensors_in
+from unbraid.networks.copying import device_of, tensors_in, unwrap
+from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.outputs import run_network
 from unbraid.networks.relevance import undisturbed
 from unbraid.running.folders import as_labelled, labels_as_scanned
@@ -97,7 +98,7 @@ def measure(
         progress=True,
         **loading,
     )
-    output = passed.output if drawn is None else _of_all(passed.output, scan)
+    output = passed.output if drawn is None else of_all(passed.output, scan)
     measures: dict[str, Any] = {"output": output, "ablation": passed.ablation}
     if passed.fault:
         say(f"Semantic measures are left out: {passed.fault}")
@@ -132,7 +133,7 @@ def _compare(
     images = as_labelled(measured.images, scan)
     loading |= {"indices": drawn, "tolerance": 0.0, "target": measured.target, "progress": True}
     output = compare_outputs(nets.model, nets.model2, images, **loading)
-    return output if drawn is None else _of_all(output, scan)
+    return output if drawn is None else of_all(output, scan)
 
 
 def _judge(
@@ -147,7 +148,16 @@ def _judge(
     return looked.judge(name_of_encoder(encoder), scores, whole, {})
 
 
-def _of_all(output: OutputComparison, scan: Scan) -> OutputComparison:
+@contextmanager
+def formatted_as(scan: Scan, *networks: nn.Module) -> Iterator[None]:
+    """Run networks in the memory format of a scan, so that they are as fast as it was."""
+    with ExitStack() as stack:
+        for network in networks if scan.manifest.channels_last else ():
+            stack.enter_context(kept_channels_last(unwrap(network)))
+        yield
+
+
+def of_all(output: OutputComparison, scan: Scan) -> OutputComparison:
     """Put the accuracy on all images, as scanned, in the place of that on a sample.
 
     The split network's is the same, since its outputs are the same bit for bit.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,6 @@ from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation
 from unbraid.networks.copying import device_of, unwrap
-from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import describe, resolve_layer
 from unbraid.networks.preflight import look_first
 from unbraid.networks.relevance import undisturbed
@@ -37,8 +36,8 @@ from unbraid.reporting.pictures import sight_of_files
 from unbraid.running import folders
 from unbraid.running.finished import Run, looked_at, seen_in
 from unbraid.running.folders import Settings, Thresholds, as_labelled
-from unbraid.running.measures import Measured, Networks, measure
-from unbraid.running.sample import by_cosine, bytes_of_positions
+from unbraid.running.measures import Measured, Networks, formatted_as, measure
+from unbraid.running.sample import by_cosine, bytes_of_positions, n_with_positions
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
@@ -241,7 +240,9 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
     if "indices" in which:
         n_bytes = len(which["indices"]) * bytes_of_positions(scan)
         n_images = f"{count(len(which['indices']), what)} (about {n_bytes / 1e6:,.0f} MB)"
-    job.say(f"Scanning {n_images} again, with positions{why}.")
+    bounded = not job.everything and len(which.get("indices", ())) == n_with_positions(scan)
+    more = "; --all takes all of concepts" if bounded else ""
+    job.say(f"Scanning {n_images} again, with positions{why}{more}.")
     # As that of all images, however it was made, or it would be looked for in vain later.
     which |= {n: getattr(scan.manifest, n) for n in ("channels_last", "autocast", "min_share")}
     try:
@@ -257,13 +258,10 @@ def _measure(job: Job, made: Run, model2: nn.Module, encoder: Encoder) -> Evalua
     about = (made.found, made.split, made.val_scan, job.val, job.everything)
     places = made.measured if job.places else None
     measured = Measured(*about, read_target(job.target), places)
-    with ExitStack() as stack:
-        if made.val_scan.manifest.channels_last:  # as fast as the scan
-            for network in (job.model, model2):
-                stack.enter_context(kept_channels_last(unwrap(network)))
+    with formatted_as(made.val_scan, job.model, model2):
         measures = measure(nets, measured, job.say, job.loading_of(made))
     measures |= {"baseline": made.baseline, "maps": made.val_maps}
-    return evaluate(made.split, made.measured, **measures)
+    return evaluate(made.split, made.measured, progress=True, **measures)
 
 
 def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
@@ -287,7 +285,10 @@ def _visualize(job: Job, made: Run, model2: nn.Module) -> Features | None:
     (made.folder / folders.NO_FEATURES).unlink(missing_ok=True)
     if features.left_out:
         n_made = count(len(features.channels), "channel")
-        job.say(f"Visualised only the {n_made} with the lowest cosines.")
+        job.say(
+            f"Visualised only the {n_made} with the lowest cosines, for lack of time; "
+            "unbraid.visualize in Python makes the others (docs/visualisation.md)."
+        )
     features.save(folder)
     return features
 

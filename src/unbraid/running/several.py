@@ -28,7 +28,8 @@ from unbraid.reporting.layers import DATA, LayerRow, Layers, describe_layer, rea
 from unbraid.reporting.layers_page import write_index
 from unbraid.running.circuits import follow_layers
 from unbraid.running.finished import Run, looked_at, seen_in
-from unbraid.running.folders import SCANS, Settings
+from unbraid.running.folders import SCANS, Settings, look_in_words
+from unbraid.running.measures import formatted_as, of_all
 from unbraid.running.run import (
     Job,
     broken_names,
@@ -99,7 +100,7 @@ def run_layers(
         index.put_run(made)
     n_missing = len(index.missing)
     if n_missing:
-        index.notes = [
+        index.notes += [
             f"{n_missing} of {count(len(index.every), 'layer')} that can be split were not "
             f"searched; --layer {ALL} searches every one."
         ]
@@ -126,6 +127,7 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
     if fit is not None and fit.warning:  # the run says it too
         notes.append(fit.warning)
     index = _Index(job, out, every)
+    notes = [*index.notes, *notes]
     index.notes = notes
     begun = time.monotonic()
     for k, name in enumerate(names, start=1):
@@ -191,9 +193,8 @@ def _search(job: Job, scans: tuple[Scan, Scan], depth: int, measured: bool) -> L
     found = seen_in(val_scan, find(train_scan, **job.thresholds.of_find, progress=True))
     evaluation = None
     if found.concepts and measured:
-        evaluation = evaluate(
-            split(train_scan, _lowest(found, N_MEASURED), progress=True), val_scan
-        )
+        chosen = split(train_scan, _lowest(found, N_MEASURED), progress=True)
+        evaluation = evaluate(chosen, val_scan, progress=True)
     return describe_layer(train_scan.layer, depth, found, evaluation, _ids(scans))
 
 
@@ -237,6 +238,8 @@ class _Index:
     def __init__(self, job: Job, out: Path, every: Sequence[str]) -> None:
         """Find the folder; read what is there."""
         self.title, self.every, self.notes = job.title, list(every), list[str]()
+        if look := look_in_words(job.source):
+            self.notes.append(look)
         named = read_target(job.target).name
         own = Settings("", job.thresholds, {}, job.encoder, job.labels, places=job.places)
         self.settings = str(replace(own, target=named))
@@ -306,8 +309,16 @@ def _compare_together(job: Job, runs: Mapping[str, Run]) -> OutputComparison | N
     found = [done for done in runs.values() if done.found.concepts]
     if not found:
         return None
-    job.say("Checking the outputs with all layers split.")
-    model2, loading = apply(job.model, [done.split for done in found]), job.loading_of(found[0])
-    which = None if job.everything else found[0].sample
-    loading |= {"indices": which, "tolerance": 0.0, "progress": True, "target": job.target}
-    return compare_outputs(job.model, model2, job.val, **loading)
+    first = found[0]
+    scan = first.val_scan
+    drawn = None if job.everything else first.sample
+    told = "Checking the outputs with all layers split"
+    if drawn is not None:
+        n = f"{len(drawn):,} of {count(scan.manifest.n_images, 'validation image')}"
+        told += f", on a sample of {n}; --all takes all"
+    job.say(f"{told}.")
+    model2, loading = apply(job.model, [done.split for done in found]), job.loading_of(first)
+    loading |= {"indices": drawn, "tolerance": 0.0, "progress": True, "target": job.target}
+    with formatted_as(scan, job.model, model2):
+        output = compare_outputs(job.model, model2, first.images, **loading)
+    return output if drawn is None else of_all(output, scan)
