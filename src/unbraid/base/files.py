@@ -68,9 +68,10 @@ def read_tensors(
     with _opened(path) as (file, about):
         sound = _know(path, stamp, file).sound
         tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
-        checksums = about.get(_CHECKSUMS)  # older files have none
-        for name in tensors.keys() - sound if checksums is not None else ():
-            if checksums[name] != _checksum(tensors[name]):
+        checksums = about.get(_CHECKSUMS)
+        for name in tensors.keys() - sound:
+            # Older files have no checksums.
+            if checksums is not None and checksums[name] != _checksum(tensors[name]):
                 raise ValueError(f"{name!r} is not what was written")
             sound.add(name)
         return tensors, about
