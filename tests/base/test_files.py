@@ -149,3 +149,10 @@ def test_read_tensors_of_a_file_that_is_still_new_compares_each_time(tmp_path):
     damage(path)  # perhaps within a tick of the file system's clock
     with pytest.raises(RunError, match="not what was written"):
         read_tensors(path)
+
+
+def test_write_tensors_refuses_more_text_than_the_format_holds(tmp_path):
+    path = tmp_path / "split.safetensors"
+    with pytest.raises(RunError, match=r"split\.safetensors cannot be written \(.*fewer channels"):
+        write_tensors(path, {"w": torch.zeros(1)}, {"text": "x" * 100_000_001})
+    assert not any(tmp_path.iterdir())

@@ -50,11 +50,20 @@ _known: dict[Path, _Known] = {}  # steps read a scan several times, and most of 
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-    """Write a safetensors file, whole or not at all: tensors, their checksums, and JSON on them."""
+    """Write a safetensors file, whole or not at all: tensors, their checksums, and JSON on them.
+
+    Raises RunError if there is more JSON than such a file holds, 100 MB.
+    """
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     about = {**about, _CHECKSUMS: {name: _checksum(tensor) for name, tensor in whole.items()}}
     # One entry alone, since safetensors writes several in any order.
-    write_whole(path, safetensors.torch.save(whole, {_ABOUT: json.dumps(about)}))
+    try:
+        content = safetensors.torch.save(whole, {_ABOUT: json.dumps(about)})
+    except SafetensorError as error:
+        raise RunError(
+            f"{path} cannot be written ({brief(error)}); ask for fewer channels at a time."
+        ) from error
+    write_whole(path, content)
 
 
 def read_tensors(
