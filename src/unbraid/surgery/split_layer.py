@@ -70,8 +70,8 @@ class SplitLayer(nn.Module):
         While nothing intervenes, the correction is zero in value and alive in gradient. It is minus
         (detached minus live), since adding minus zero keeps even the sign of a zero.
         """
-        if not self.spec.channels_last and input.dim() == 1 + len(self.spec.kernel):
-            return self.forward(input[None], output_size)[0]  # a single image
+        if _is_single(self.spec, input):
+            return self.forward(input[None], output_size)[0]
         # Transposed convolutions alone take a size, that of the layer's own padding.
         z: Tensor = self.original(input, *(() if output_size is None else (output_size,)))
         dim = -1 if self.spec.channels_last else 1
@@ -97,6 +97,11 @@ class SplitLayer(nn.Module):
 
     def _rows_and_bias(self) -> Tensor:
         return torch.cat([self.rows.detach(), self.row_bias.detach()[:, None]], 1)
+
+
+def _is_single(spec: LayerSpec, x: Tensor) -> bool:
+    """Whether this is an image without a first dimension; of torch.fx's stand-ins nobody knows."""
+    return isinstance(x, Tensor) and not spec.channels_last and x.dim() == 1 + len(spec.kernel)
 
 
 def is_split(module: nn.Module) -> bool:
