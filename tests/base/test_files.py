@@ -12,6 +12,7 @@ import torch
 from unbraid.base import files
 from unbraid.base.errors import RunError
 from unbraid.base.files import (
+    forget,
     names_in,
     read_tensors,
     remove_leftovers,
@@ -149,6 +150,44 @@ def test_read_tensors_of_a_file_that_is_still_new_compares_each_time(tmp_path):
     damage(path)  # perhaps within a tick of the file system's clock
     with pytest.raises(RunError, match="not what was written"):
         read_tensors(path)
+
+
+def test_what_is_forgotten_is_compared_again(tmp_path, monkeypatch):
+    path = tmp_path / "shard"
+    write_tensors(path, {"a": torch.zeros(3)}, {})
+    monkeypatch.setattr(files, "_stamp", lambda path: (1,))  # a disk that changes bytes alone
+    read_tensors(path)
+    damage(path)
+    read_tensors(path)
+    forget()
+    with pytest.raises(RunError, match="not what was written"):
+        read_tensors(path)
+
+
+def test_a_file_replaced_while_it_is_opened_is_compared(tmp_path, monkeypatch):
+    path = tmp_path / "shard"
+    write_tensors(path, {"a": torch.zeros(3)}, {})
+    monkeypatch.setattr(files, "_stamp", lambda path: (1,))
+    read_tensors(path)
+    damage(path)
+    stamps = iter([(1,), (2,)])
+    monkeypatch.setattr(files, "_stamp", lambda path: next(stamps))
+    with pytest.raises(RunError, match="not what was written"):
+        read_tensors(path)
+
+
+def test_of_very_many_files_the_oldest_is_forgotten(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "_stamp", lambda path: (1,))
+    monkeypatch.setattr(files, "_MOST_KNOWN", 2)
+    calls = count_checksums(monkeypatch)
+    forget()
+    paths = [tmp_path / name for name in "abc"]
+    for path in paths:
+        write_tensors(path, {"a": torch.zeros(3)}, {})
+    n_written = len(calls)
+    for path in (*paths, paths[2], paths[1], paths[0]):
+        read_tensors(path)
+    assert len(calls) - n_written == 4  # the first one twice
 
 
 def test_write_tensors_refuses_more_text_than_the_format_holds(tmp_path):

@@ -22,11 +22,20 @@ YES, NO = True, False
         ([0, 0, 0, 0], [NO, NO, NO, YES], 0.25),
         ([5, 1, 1, 1], [NO, YES, YES, NO], 1 / 3),  # one place left for three, two of them own
         ([1, 2], [NO, NO], math.nan),
+        ([math.nan, 2, 1], [NO, YES, NO], math.nan),
+        ([math.nan, math.nan], [NO, YES], math.nan),
     ],
 )
 def test_r_precision_is_known(score, own, expected):
     found = formulas.r_precision(torch.tensor(score).double(), torch.tensor(own))
     assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_scores_that_are_no_numbers_have_no_auroc():
+    own = torch.tensor([YES, NO])
+    assert formulas.auroc(torch.tensor([2.0, 1.0]), own) == 1
+    for score in ([math.nan, 1.0], [2.0, math.nan]):
+        assert math.isnan(formulas.auroc(torch.tensor(score), own))
 
 
 @pytest.mark.parametrize(

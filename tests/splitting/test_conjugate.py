@@ -5,6 +5,7 @@ import torch
 
 from unbraid.splitting.box_solver import solve_box
 from unbraid.splitting.conjugate import Common, step_in_box
+from unbraid.splitting.objective import Background, Objective
 from unbraid.splitting.silence import Images
 
 N_TAPS = 9
@@ -68,3 +69,29 @@ def test_a_step_leads_nearly_as_low_as_the_exact_one(n_images, pull):
     assert model(best) <= model(step) <= 0.98 * model(best) < 0
     uphill = step_in_box(common.product(gram.float(), counts, []), common.inverse, -gradient, mask)
     assert model(uphill) > 0.98 * model(best)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_strong_images_that_count_little_bend_steps(seed):
+    """Half of the taps are met only by images that each stand for a thousandth of the others."""
+    torch.manual_seed(seed)
+    weak, strong = torch.randn(300, 60).relu(), 30 * torch.randn(300, 60).relu()
+    weak[:, 30:] = 0
+    inputs = torch.cat([torch.cat([weak, strong]), torch.ones(600, 1)], 1).double()
+    images = Images(inputs, -torch.ones(600).long(), torch.ones(600).double(), torch.arange(600))
+    row = torch.cat([torch.randn(60), torch.zeros(1)]).double()
+    root = torch.cat([torch.full((300,), 1000.0), torch.ones(300)]).double().sqrt()
+    half = torch.randn(60, 60).double()
+    gram = 1e5 * half @ half.T / 60
+    objective = Objective(gram, gram @ torch.rand(60).double(), [Background(images, row, root)])
+    mask, residual = objective.solve(torch.full((60,), 0.5).double(), 1e-6)
+    assert residual < 1e-3
+    assert residual == pytest.approx(objective.residual(mask), abs=1e-4)
+
+
+def test_counts_that_are_no_numbers_have_nothing_in_common():
+    images, row, gram, counts = common_of(7)
+    assert Common.of(images, row, gram, counts) is not None
+    for none in (float("nan"), float("inf")):
+        counts[1] = none
+        assert Common.of(images, row, gram, counts) is None

@@ -129,6 +129,13 @@ def test_moment_is_shrunk_as_pair_by_pair(n):
     torch.testing.assert_close(both.mean, every.mean(0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_moment_of_what_is_no_number_is_none(dtype):
+    inputs = torch.randn(9, 4, dtype=dtype)
+    inputs[2, 1] = float("nan")
+    assert moment(inputs).square.isnan().any()
+
+
 def test_moment_of_many_float32_inputs_is_as_exact_as_they_are():
     torch.manual_seed(0)
     inputs = (torch.randn(900, 40) @ torch.randn(40, 40) + torch.rand(40) * 100).float()

@@ -34,7 +34,7 @@ _HOST = re.sub(r"[^\w-]", "-", socket.gethostname())[:32] or "-"
 _OURS = re.compile(r".+\.(?P<host>[\w-]+)\.\d+\.[0-9a-f]{8}\.tmp")
 _LONG = 3600.0  # seconds; no file of ours takes so long to write
 _SETTLED = 2.0  # seconds, after which another write gives a file another time on any file system
-_MOST_KNOWN = 2**14  # files, of about a KiB each
+_MOST_KNOWN = 2**14  # files, of some KiB each; the oldest is forgotten
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,16 @@ def read_tensors(
 
     Checksums are compared once, as long as the file stays what it was.
     """
-    stamp = _stamp(path)  # before it is read, so that a change meanwhile is another stamp's
+    stamp = _stamp(path)
     with _opened(path) as (file, about):
+        if _stamp(path) != stamp:  # another file by now, of which nothing is known
+            stamp = ()
         sound = _know(path, stamp, file).sound
         tensors = {n: file.get_tensor(n) for n in (file.keys() if names is None else names)}
         checksums = about.get(_CHECKSUMS)
-        for name in tensors.keys() - sound:
+        for name in tensors:
+            if name in sound:
+                continue
             # Older files have no checksums.
             if checksums is not None and checksums[name] != _checksum(tensors[name]):
                 raise ValueError(f"{name!r} is not what was written")
@@ -111,9 +115,16 @@ def _know(path: Path, stamp: tuple[int, ...], file: Any) -> _Known:
     known = _known.get(path)
     if known is None or not stamp or known.stamp != stamp:
         known = _Known(stamp, frozenset(map(sys.intern, file.keys())), set())
-        if stamp and (path in _known or len(_known) < _MOST_KNOWN):
+        if stamp:
+            if path not in _known and len(_known) == _MOST_KNOWN:
+                del _known[next(iter(_known))]
             _known[path] = known
     return known
+
+
+def forget() -> None:
+    """Compare the checksums of all files again, whatever the system says of them."""
+    _known.clear()
 
 
 def _checksum(tensor: Tensor) -> int:

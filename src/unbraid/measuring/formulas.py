@@ -37,11 +37,13 @@ def separation_error(z: Tensor, new: Tensor, concept: Tensor) -> float:
 
 
 def auroc(score: Tensor, own: Tensor) -> float:
-    """Chance that an own image scores above another one, ties counted half.
+    """Chance that an own image scores above another one, ties counted half; nan if one is nan.
 
     >>> auroc(torch.tensor([3.0, 2.0, 1.0, 2.0]), torch.tensor([True, True, False, False]))
     0.875
     """
+    if score.isnan().any():
+        return math.nan
     mine, others = score[own].sort().values, score[~own]
     # Own images below each other one, and those that equal it as well; whole numbers, so exact.
     beneath = sum(
@@ -76,9 +78,9 @@ def top_part(score: Tensor, some: Tensor, n: int) -> float:
     """Part of the n highest scores that is of some images; of those equal to the last, its share.
 
     Equal scores count as on average over all orders, so a silent channel does no better than chance
-    however images lie.
+    however images lie. Scores that are no numbers have no order, and the part is none.
     """
-    if not n:
+    if not n or score.isnan().any():
         return math.nan
     last = score.topk(n).values[-1]
     above, tied = score > last, score == last

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from unbraid.base.errors import RunError, UnbraidError, UnreadableError, brief
-from unbraid.base.files import remove_leftovers, set_aside
+from unbraid.base.files import forget, remove_leftovers, set_aside
 from unbraid.base.tables import count
 from unbraid.finding.findings import COLUMNS as FINDINGS
 from unbraid.finding.sensitivity import COLUMNS as SENSITIVITY
@@ -130,6 +130,7 @@ def check(folder: str | Path) -> Checkup:
         RunError: there is no scan and no run.
     """
     folder, found = Path(folder), Checkup()
+    forget()  # a disk that fails changes no time by which a file read before would be told
     there = list(_folders(folder, found))
     scans = [path for path in there if _holds_scan(path)]
     runs = [path for path in there if _holds_any(path, SETTINGS, f"{SETTINGS}*{ASIDE}")]

@@ -25,7 +25,7 @@ Product = Callable[[Tensor], Tensor]  # H times a step, (J,) to (J,)
 
 _PART = 0.01  # of the gradient that a step may leave: what it ends with is taken anew
 _GUESSES = 8  # of bounds; two to four are usual
-_LEFT_OUT = 0.05  # of what images count on average: less than that hardly bends a step
+_LEFT_OUT = 0.05  # of what images bend a step on average: less than that hardly bends it
 _MOST_TURNS = 40  # of conjugate gradients for one guess; one to five are usual
 
 
@@ -34,6 +34,7 @@ class Common:
     """What the objectives of one channel have in common, in float32."""
 
     inputs: Tensor  # (N, J), times the channel's weights
+    lengths: Tensor  # (N,), squared, of these
     held: Tensor  # (N,), float64: what the bias gives, which no mask reaches
     inverse: Tensor  # (J, J), of a curvature that is like all of theirs
 
@@ -43,10 +44,11 @@ class Common:
 
         Of images that are more than taps every second, third or so stands for its neighbours.
         """
-        if images.unit > 1:
+        if images.unit > 1 or not bool(counts.sum().isfinite()):
             return None
         inputs = images.rough[:, :-1] * row[:-1].float()
-        some = _telling(counts)
+        lengths = inputs.square().sum(1)
+        some = _telling(counts, lengths)
         some = some[:: max(1, len(some) // len(gram))]
         shares = counts[some]
         if len(some):
@@ -60,7 +62,7 @@ class Common:
         if not bool(inverse.sum().isfinite()):
             return None
         held = images.n_positions * row[-1]
-        return cls(inputs, held, inverse)
+        return cls(inputs, lengths, held, inverse)
 
     def respond(self, mask: Tensor) -> Tensor:
         """Pooled responses, (N,), of the masked channel."""
@@ -83,12 +85,12 @@ class Common:
     ) -> Product:
         """Products with half a curvature: of a quadratic (J, J) and what images count (N,).
 
-        Turns are vectors and what they meet, taken from either side, (J,) each. Images that count
-        little are left out, so that each product takes less than half of the time.
+        Turns are vectors and what they meet, taken from either side, (J,) each. Images that bend a
+        step little are left out, so that each product takes less than half of the time.
         """
         counts = counts.clamp(max=torch.finfo(torch.float32).max)
         most = float(counts.amax())
-        some = _telling(counts)
+        some = _telling(counts, self.lengths)
         shares = (counts[some] / (most or 1.0)).float()
         inputs = self.inputs.index_select(0, some)
         both = [(one.float(), other.float()) for one, other in turns]
@@ -103,9 +105,14 @@ class Common:
         return times
 
 
-def _telling(counts: Tensor) -> Tensor:
-    """Which images make the curvature, (n,), of what all of them count, (N,)."""
-    return (counts > _LEFT_OUT * counts.mean()).nonzero()[:, 0]
+def _telling(counts: Tensor, lengths: Tensor) -> Tensor:
+    """Which images make the curvature, (n,), of what all count and their squared lengths, (N,).
+
+    A strong image that stands for itself may bend it more than a weak one that stands for many.
+    """
+    bends = counts * lengths
+    least = (_LEFT_OUT * bends.mean()).nan_to_num(0.0, 0.0)  # all, where float32 holds no length
+    return (bends > least).nonzero()[:, 0]
 
 
 def step_in_box(times: Product, inverse: Tensor, gradient: Tensor, mask: Tensor) -> Tensor:

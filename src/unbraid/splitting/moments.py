@@ -84,7 +84,8 @@ def _squared(inputs: Tensor, mean: Tensor, shrink: bool) -> Moment:
     n, near = len(inputs), mean.to(inputs.dtype)
     u = inputs - near
     most = torch.maximum(u.amax(0), -u.amin(0))
-    if not most.isfinite().all():  # two numbers at either end of float32
+    if inputs.dtype != torch.float64 and not most.isfinite().all():
+        # Two numbers at either end of float32.
         return _squared(inputs.double(), mean, shrink)
     varies = _varies(most[:-1])
     counted = torch.cat([torch.where(varies, most[:-1], 0), most[-1:]])
