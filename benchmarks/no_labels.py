@@ -65,7 +65,7 @@ def by_index(scan: Scan) -> tuple[Tensor, ...]:
 
 
 def are_alike(scan: Scan, bare: Scan) -> bool:
-    """Whether two scans of other targets hold the same but for shares and labels, bit for bit."""
+    """Whether two scans of other targets have the same images, positions and pooled inputs."""
     pairs = zip(by_index(scan), by_index(bare), strict=True)
     return scan.ids() == bare.ids() and all(torch.equal(a, b) for a, b in pairs)
 
@@ -158,7 +158,7 @@ def main() -> None:
     bare = asked.none / "scan-val" if asked.none else asked.bare
     if bare is not None:
         same = "yes" if are_alike(run.val_scan, unbraid.open_scan(bare)) else "NO"
-        print(f"without a target the scan is the same but for shares and labels: {same}")
+        print(f"without a target the images, positions and pooled inputs are the same: {same}")
     if asked.none is not None:
         print(side_by_side(asked.run, asked.none))
     if asked.out is not None:

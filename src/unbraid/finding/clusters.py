@@ -254,7 +254,7 @@ def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
     """Centres of clusters of images (N, C), and the lowest cosine of two clusters' ARVs.
 
     Centres are (K, C). ARVs are only of input channels by which an image was not put into its
-    cluster, and no image is compared with a centre that it helped to make; so noise, which no two
+    cluster, and no image is compared with a mean that it is part of; so noise, which no two
     input channels share, has ARVs that are alike. Noise that they share need not have: so where
     images lie hardly denser than in a normal cloud, the cosine is 1. No step asks for the order of
     images.
