@@ -24,7 +24,7 @@ from torchvision import tv_tensors
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError, OutOfReach, out_of_reach
 from unbraid.images.batches import as_batch, load
-from unbraid.images.broken import UNLABELLED, sort_out
+from unbraid.images.broken import UNLABELLED, largest_readable, sort_out
 from unbraid.images.dataset import labels_of
 from unbraid.images.identity import fingerprint
 
@@ -227,3 +227,20 @@ def test_out_of_reach_is_no_picture_that_is_cut_off_or_damaged(kind):
                 away.append(out_of_reach("It", error))
     assert len(away) > 20
     assert set(away) == {None}
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 15, 17, 100])
+def test_the_largest_is_looked_for_in_eight_images_at_most(n):
+    read = []
+
+    class Growing(Dataset):
+        def __len__(self):
+            return n
+
+        def __getitem__(self, index):
+            read.append(index)
+            return torch.zeros(3, 4, 1 + index), 0
+
+    assert largest_readable(Growing(), range(n)).shape == (3, 4, 1 + max(read))
+    assert len(read) <= 8
+    assert n - max(read) <= -(-n // 8)

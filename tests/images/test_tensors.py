@@ -2,13 +2,14 @@
 
 import os
 import pickle
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from tensor_folders import save, write
+from tensor_folders import CLASSES, save, write
 from torch.utils.data import Subset
 
 import unbraid
@@ -119,11 +120,13 @@ def test_what_is_no_tensor_of_real_numbers_is_told(tmp_path):
     np.save(tmp_path / "none.npy", np.zeros((0, 3)))
     torch.save(ONE.to_sparse(), tmp_path / "sparse.pt")
     torch.save([ONE, ONE], tmp_path / "two.pt")
+    torch.save(torch.zeros(1).expand(4, 100_000, 100_000), tmp_path / "expanded.pt")
     save_file({"one": ONE, "other": ONE.clone()}, tmp_path / "two.safetensors")
     told = {
         **{"text": "holds <U1, not numbers", "fields": "not numbers", "sparse": "sparse_coo"},
         **{"complex": "complex128, not real", "number": r"shape \(\)", "none": r"shape \(0, 3\)"},
         "two": "holds 2 tensors, and an image is one",
+        "expanded": r"fewer numbers than its shape \(4, 100000, 100000\)",
     }
     for path in tmp_path.iterdir():
         with pytest.raises(DataError, match=told[path.stem]):
@@ -176,19 +179,51 @@ def test_folders_lists_and_parts_of_tensors_are_as_those_of_pictures(kind, tmp_p
     assert fingerprint(unbraid.open_images(root), images.targets) != before
 
 
-def test_tensors_beside_pictures_are_refused(tmp_path):
+def test_tensors_in_a_folder_of_pictures_are_passed_over_in_one_line(tmp_path):
+    root = write(tmp_path / "all", "npy", 2)
+    for name in CLASSES:
+        Image.new("RGB", (4, 4)).save(root / name / "a.png")
+    torch.save(ONE, root / "features.pt")
+    listed = tmp_path / "list.safetensors"
+    words = r"all holds pictures, so .* passed over: 6 files, such as .*ant/0\.npy\.$"
+    for options in ({}, {"listed": listed}):
+        with pytest.warns(UserWarning, match=words) as said:
+            images = unbraid.open_images(root, **options)
+        assert len(said) == 1
+        assert list(images.ids) == [f"{name}/a.png" for name in CLASSES]
+        assert not images.of_tensors
+    with pytest.warns(UserWarning, match="passed over: 2 files, such as"):
+        assert unbraid.open_images(root / "bee").ids == ["a.png"]
+    (root / "cow/a.png").unlink()
+    with pytest.raises(DataError, match=r"cow holds no image \(\.jpg, [^)]*\.pnm\); fill"):
+        unbraid.open_images(root)
+
+
+def test_stray_tensors_beside_class_folders_of_pictures_are_no_images(tmp_path):
+    for name in CLASSES:
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "a.TIF")
+    np.save(tmp_path / "features.npy", ONE.numpy())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(unbraid.open_images(tmp_path)) == 3
+    (tmp_path / "linked").mkdir()
+    for name in CLASSES:
+        (tmp_path / "linked" / name).symlink_to(tmp_path / name)
+    np.save(tmp_path / "linked/features.npy", ONE.numpy())
+    assert len(unbraid.open_images(tmp_path / "linked")) == 3
+
+
+def test_tensors_where_they_cannot_be_told_are_refused(tmp_path):
     root = write(tmp_path / "all", "npy", 2)
     Image.new("RGB", (4, 4)).save(root / "bee/a.png")
-    for where in (root, root / "bee"):
-        with pytest.raises(DataError, match=r"both tensors, such as .*\.npy, and pictures, such"):
-            unbraid.open_images(where)
     (root / "list.csv").write_text("path,label\nbee/a.png,1\nbee/0.npy,1\n")
     with pytest.raises(DataError, match=r"list\.csv holds both tensors"):
         unbraid.open_images(root / "list.csv")
-    (root / "bee/a.png").rename(root / "cover.png")
-    with pytest.raises(DataError, match=r"of its own, such as cover\.png, and 6 in folders"):
+    (root / "bee/a.png").unlink()
+    np.save(root / "features.npy", ONE.numpy())
+    with pytest.raises(DataError, match=r"of its own, such as features\.npy, and 6 in folders"):
         unbraid.open_images(root)
-    (root / "cover.png").unlink()
     (root / "ant/train-000.tar").touch()
     with pytest.raises(DataError, match=r"both tar files, such as train-000\.tar, and images"):
         unbraid.open_images(root / "ant")
@@ -225,6 +260,17 @@ def test_a_tensor_unlike_the_first_is_broken(tmp_path):
     assert images[8][0].shape == (2, 64)
     mended = unbraid.open_images(root, transform=lambda tensor: tensor.nan_to_num().sum()[None])
     assert all(mended[k][0].shape == (1,) for k in range(9))
+
+
+def test_good_tensors_after_any_number_of_broken_ones_are_read(tmp_path):
+    for k in range(25):
+        (tmp_path / f"{k:02}.npy").write_bytes(b"")
+    np.save(tmp_path / "25.npy", ONE.numpy())
+    np.save(tmp_path / "26.npy", ONE.numpy()[:1])
+    images = unbraid.open_images(tmp_path)
+    assert torch.equal(images[25][0], ONE)
+    with pytest.raises(DataError, match=r"26\.npy is of shape \(1, 3, 4\), and .*25\.npy of"):
+        images[26]
 
 
 def test_preprocessing_that_fails_on_a_tensor_is_told_with_its_shape(tmp_path):

@@ -2,6 +2,10 @@
 
 import builtins
 import logging
+import os
+import threading
+import warnings
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -116,7 +120,7 @@ def test_one_kind_among_the_other_is_told(tmp_path):
     save_tiff(tmp_path / "b.tif", BANDS)
     images = unbraid.open_images(tmp_path)
     assert not images.of_tensors
-    with pytest.raises(UnfitPicture, match=r"b\.tif is a TIFF of several bands, and the first"):
+    with pytest.raises(UnfitPicture, match=r"b\.tif is a TIFF of several bands, .* with three"):
         images[1]
     (tmp_path / "a.tif").rename(tmp_path / "c.tif")
     images = unbraid.open_images(tmp_path)
@@ -148,23 +152,82 @@ def test_a_tiff_cut_off_is_broken_and_says_nothing_else(options, tmp_path, caplo
 def test_a_tiff_larger_than_it_may_be_is_broken(tmp_path, monkeypatch):
     path = tmp_path / "a.tif"
     save_tiff(path, BANDS)
-    monkeypatch.setattr(tiff, "_MOST_BYTES", 2 * 6 * 8 * 9 - 1)
+    monkeypatch.setattr(tiff, "_MOST_BYTES", 4 * 6 * 8 * 9 - 1)
     with pytest.raises(DataError, match=r"says that it is of shape \(6, 8, 9\)"):
         read_tensor(str(path))
+    monkeypatch.setattr(tiff, "_MOST_BYTES", 4 * 6 * 8 * 9)  # of 2 bytes there, and 4 here
+    assert read_tensor(str(path)).shape == (6, 8, 9)
 
 
-def test_bands_that_lie_in_other_files_are_not_looked_for(tmp_path, monkeypatch):
+def test_other_files_that_a_tiff_names_are_never_opened(tmp_path):
     path = tmp_path / "a.tif"
     save_tiff(path, *WRITTEN["OME"][:1], **WRITTEN["OME"][1])
-    made = tifffile.TiffPageSeries.__init__
+    text = tifffile.tiffcomment(path)
+    (found,) = [part for part in text.split("<") if part.startswith("TiffData")]
+    other = 'TiffData FirstC="3" IFD="3" PlaneCount="3"><UUID FileName="pipe.tif">urn:1</UUID>'
+    tifffile.tiffcomment(path, text.replace(f"<{found}", f"<{other}</TiffData>"))
+    os.mkfifo(tmp_path / "pipe.tif")  # opening it would never end
+    ended = []
 
-    def init(series, *rest, **options):
-        made(series, *rest, **options)
-        series.is_multifile = True
+    def read():
+        with pytest.raises(DataError, match="its OME text leads to other files"):
+            read_tensor(str(path))
+        ended.append(True)
 
-    monkeypatch.setattr(tifffile.TiffPageSeries, "__init__", init)
-    with pytest.raises(DataError, match="other bands lie in other files"):
-        read_tensor(str(path))
+    reading = threading.Thread(target=read, daemon=True)
+    reading.start()
+    reading.join(60)
+    assert ended
+
+
+def test_reading_tags_changes_no_warnings_of_other_threads(tmp_path, monkeypatch):
+    path = tmp_path / "a.tif"
+    save_tiff(path, BANDS)
+    real, n_inside, most = tiff.Tiff.ImageFileDirectory_v2.load, [0], [0]
+    both = threading.Barrier(2, timeout=0.5)
+
+    def load(tags, file):
+        n_inside[0] += 1
+        most[0] = max(most[0], n_inside[0])
+        with suppress(threading.BrokenBarrierError):
+            both.wait()  # until another thread has come here, or it does not
+        real(tags, file)
+        n_inside[0] -= 1
+
+    monkeypatch.setattr(tiff.Tiff.ImageFileDirectory_v2, "load", load)
+    before = list(warnings.filters)
+    threads = [threading.Thread(target=holds_bands, args=(str(path),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1]
+    assert warnings.filters == before
+
+
+def test_the_first_tiff_that_can_be_read_tells_however_many_cannot(tmp_path):
+    for k in range(25):
+        (tmp_path / f"{k:02}.tif").write_bytes(b"II*\x00 and no more")
+    assert not unbraid.open_images(tmp_path).of_tensors
+    save_tiff(tmp_path / "25.tif", BANDS)
+    images = unbraid.open_images(tmp_path)
+    assert images[25][0].shape == (6, 8, 9)
+    with pytest.raises(DataError, match=r"24\.tif cannot be read"):
+        images[24]
+
+
+def test_the_tags_of_a_picture_are_read_once(tmp_path, monkeypatch):
+    Image.new("RGB", (9, 8)).save(tmp_path / "a.tif")
+    images = unbraid.open_images(tmp_path)
+    real, n_read = tiff.Tiff.ImageFileDirectory_v2.load, []
+
+    def load(tags, file):
+        n_read.append(1)
+        return real(tags, file)
+
+    monkeypatch.setattr(tiff.Tiff.ImageFileDirectory_v2, "load", load)
+    assert images[0][0].size == (9, 8)
+    assert len(n_read) == 1
 
 
 def test_numbers_without_a_sign_go_in_as_they_are(tmp_path):

@@ -6,6 +6,7 @@ one image: memory that is full, a server that is away, a data set that gives som
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -23,7 +24,7 @@ from unbraid.base.modes import callers_device
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 _N_TRIED = 20  # images, in search of one that can be read
-_N_COMPARED = 8  # images, in search of a large one
+_N_COMPARED = 8  # images at most, in search of a large one
 _N_KEYS = 12  # of a dictionary, that a message names
 NO_IMAGE = torch.empty(0, dtype=torch.float32)
 
@@ -97,7 +98,7 @@ def largest_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | 
 
     So memory that holds as many of it holds most batches, where images are of several sizes.
     """
-    spaced = indices[:: max(1, len(indices) // _N_COMPARED)]
+    spaced = indices[:: math.ceil(len(indices) / _N_COMPARED) or 1]
     tried = [first_readable(dataset, indices), *(first_readable(dataset, [k]) for k in spaced[1:])]
     return max((image for image in tried if image is not None), key=Tensor.numel, default=None)
 

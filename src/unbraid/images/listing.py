@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import (
     DataError,
     OutOfReach,
-    UnfitPicture,
     brief,
     is_of_file,
     out_of_reach,
@@ -31,13 +31,12 @@ from unbraid.images.mapped import Numbers, Pairs, Texts, distinct
 from unbraid.images.pictures import EXTENSIONS, UNREAD, read_picture
 from unbraid.images.tensors import (
     TENSORS,
-    AsTheyAre,
+    AsFloat32,
     first_of,
     hold_tensors,
+    is_tensor_name,
     read_tensor,
-    refuse_both,
 )
-from unbraid.images.tiff import TIFF, holds_bands
 from unbraid.networks.class_names import LONGEST, number_in, output_number
 
 Transform = Callable[[Any], Any]  # from an RGB picture or a tensor
@@ -61,14 +60,7 @@ class Files:
         found = None if self.sizes is None else look_at(path, f"Image {path}")
         if found is not None and self.sizes is not None and found.st_size != self.sizes[index]:
             raise OutOfReach(f"{path} was changed since it was listed; start again.")
-        if self.of_tensors:
-            return read_tensor(path)
-        if path.lower().endswith(TIFF) and holds_bands(path):
-            raise UnfitPicture(
-                f"Image {one_line(path)} is a TIFF of several bands, and the first of the images "
-                "is a picture; move one or the other elsewhere."
-            )
-        return read_picture(path)
+        return read_tensor(path) if self.of_tensors else read_picture(path)
 
 
 def files_at(paths: Sequence[str], sizes: Sequence[int] | None = None) -> Files:
@@ -155,7 +147,7 @@ class ListedImages(Dataset[tuple[Any, int]]):
         self.of_tensors = listing.of_tensors
         self.unprepared = False  # whether tensors are not as a network was given them
         if self.of_tensors and transform is None:
-            self.transform = AsTheyAre()
+            self.transform = AsFloat32()
         if isinstance(listing.read, Items):
             self.transform, self.bands = None, listing.read.bands
         if isinstance(listing.read, Files) and listing.root is not None:
@@ -187,8 +179,8 @@ class ListedImages(Dataset[tuple[Any, int]]):
         assert self.transform is not None
         path = self._read.paths[index]
         shown, shape = f"Image {one_line(path)}", tuple(tensor.shape)
-        if isinstance(self.transform, AsTheyAre):
-            name, first = self._first
+        if isinstance(self.transform, AsFloat32):
+            name, first = self._first or (path, shape)
             if tensor.dim() != len(first) or (len(first) > 1 and shape[0] != first[0]):
                 raise DataError(
                     f"{shown} is of shape {shape}, and {one_line(name)} of shape {first}; give all "
@@ -208,11 +200,11 @@ class ListedImages(Dataset[tuple[Any, int]]):
         return made
 
     @cached_property
-    def _first(self) -> tuple[str, tuple[int, ...]]:
+    def _first(self) -> tuple[str, tuple[int, ...]] | None:
         """The first file that can be read, and the shape of its tensor, which others are like."""
         assert isinstance(self._read, Files)
         found = first_of(self._read.paths)
-        return ("", ()) if found is None else (found[0], tuple(found[1].shape))
+        return None if found is None else (found[0], tuple(found[1].shape))
 
     def shown(self, index: int) -> tuple[Dataset[Any], int] | str | None:
         """What an item shows: an item of the data set inside, or a file; None where neither is."""
@@ -346,12 +338,13 @@ def walk_folder(
     """The classes of a folder, and the images of each, with its number, as they are asked for."""
     shown = shown_in(root)
     classes = sorted(path.name for path in shown if path.is_dir()) if with_classes else []
-    own = sorted(path.name for path in shown if not path.is_dir() and _is_image(path))
+    endings = _endings_in(root, classes)
+    own = sorted(path.name for path in shown if not path.is_dir() and _is_image(path, endings))
     if with_classes and not own and not classes:
         raise DataError(
             f"{root} has no class folders; put the images of each class into a folder of its own."
         )
-    n_below = sum(len(_images_below(root / name)) for name in classes) if own else 0
+    n_below = sum(len(_images_below(root / name, endings)) for name in classes) if own else 0
     if n_below:
         raise DataError(
             f"{root} has {count(len(own), 'image')} of its own, such as {one_line(own[0])}, and "
@@ -359,21 +352,37 @@ def walk_folder(
             "or the other elsewhere."
         )
     if own or not classes:
-        return [], _of_one_kind(root, [(UNLABELLED, root)])
+        return [], _found_in(root, [(UNLABELLED, root)], endings)
     for path in shown:
         _refuse_dangling(path)
-    return classes, _of_one_kind(root, [(k, root / name) for k, name in enumerate(classes)])
+    folders = [(k, root / name) for k, name in enumerate(classes)]
+    return classes, _found_in(root, folders, endings)
 
 
-def _of_one_kind(
-    root: Path, folders: Sequence[tuple[int, Path]]
+def _endings_in(root: Path, classes: Sequence[str]) -> tuple[str, ...]:
+    """How images end: as pictures, or, where a folder holds none, as files of tensors."""
+    links = (root / name for name in classes if os.path.islink(root / name))
+    for folder in (root, *links):
+        for _, folders, files in os.walk(folder, onerror=_refuse_unlisted):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            if any(name.lower().endswith(EXTENSIONS) and not is_hidden(name) for name in files):
+                return EXTENSIONS
+    return TENSORS
+
+
+def _found_in(
+    root: Path, folders: Sequence[tuple[int, Path]], endings: tuple[str, ...]
 ) -> Iterator[tuple[int, list[str]]]:
-    """The images of each folder, with its number; DataError of pictures beside tensors."""
-    first: str | None = None
+    """The images of each folder, with its number; warns of tensors passed over beside pictures."""
+    passed: list[str] = []
     for number, folder in folders:
-        found = _some_below(folder)
-        first = refuse_both(str(root), found, first)
-        yield number, found
+        yield number, _some_below(folder, endings, passed)
+    if passed:
+        warnings.warn(
+            f"{root} holds pictures, so {count(len(passed), 'file')} of tensors, such as "
+            f"{one_line(passed[0])}, {'is' if len(passed) == 1 else 'are'} passed over.",
+            stacklevel=2,
+        )
 
 
 def is_hidden(name: str) -> bool:
@@ -395,11 +404,11 @@ def _refuse_unlisted(error: OSError) -> NoReturn:
     ) from None
 
 
-def _is_image(path: Path) -> bool:
+def _is_image(path: Path, endings: tuple[str, ...]) -> bool:
     """Whether a name says so; a link to nothing and a pipe are told later, as broken images."""
     if path.suffix.lower() in UNREAD:
         raise DataError(f"{path} is a picture of a kind that is not read; convert or remove it.")
-    return path.suffix.lower() in (*EXTENSIONS, *TENSORS)
+    return path.suffix.lower() in endings
 
 
 def _refuse_dangling(path: Path) -> None:
@@ -407,16 +416,18 @@ def _refuse_dangling(path: Path) -> None:
         raise DataError(f"{path} is a link to what is not there; mend or remove it.")
 
 
-def _some_below(folder: Path) -> list[str]:
-    """List the images; DataError where there is none."""
-    found = _images_below(folder)
+def _some_below(folder: Path, endings: tuple[str, ...], passed: list[str]) -> list[str]:
+    """List the images, and those passed over; DataError where there is none."""
+    found = _images_below(folder, endings, passed)
     if not found:
-        known = ", ".join((*EXTENSIONS, *TENSORS))
+        known = ", ".join(EXTENSIONS if endings == EXTENSIONS else (*EXTENSIONS, *TENSORS))
         raise DataError(f"Folder {folder} holds no image ({known}); fill or remove it.")
     return found
 
 
-def _images_below(folder: Path) -> list[str]:
+def _images_below(
+    folder: Path, endings: tuple[str, ...], passed: list[str] | None = None
+) -> list[str]:
     """List the images, sorted folder by folder; a link to a folder could lead round in circles."""
     found: list[str] = []
     for where, folders, files in os.walk(folder, onerror=_refuse_unlisted):
@@ -429,8 +440,10 @@ def _images_below(folder: Path) -> list[str]:
         for name in files:
             if is_hidden(name):  # editors keep links to nothing, as locks
                 continue
-            if _is_image(Path(where, name)):
+            if _is_image(Path(where, name), endings):
                 found.append(os.path.join(where, name))
-            else:
-                _refuse_dangling(Path(where, name))
+                continue
+            _refuse_dangling(Path(where, name))
+            if passed is not None and is_tensor_name(name):
+                passed.append(os.path.join(where, name))
     return sorted(found, key=lambda path: path.split(os.sep))

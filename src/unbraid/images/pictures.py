@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import threading
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,6 +14,7 @@ from PIL import TiffImagePlugin as Tiff
 
 from unbraid.base.errors import DataError, UnfitPicture, brief, out_of_reach
 from unbraid.base.tables import one_line
+from unbraid.images.tiff import SWITCH, are_bands, has_bands
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif"),
@@ -31,11 +31,13 @@ _DARK = _WHITE // 4  # what stays below is dark, or its range is another one
 _NUMBERS = {2: "signed numbers", 3: "floating-point numbers", 5: "complex", 6: "complex"}  # of TIFF
 _MAX_SAMPLE_VALUE = 281
 
-_SWITCH = threading.Lock()  # of Pillow's, which holds for all threads
-
 
 class _UnfitNumbers(Exception):
     """A picture's numbers cannot be read as from black to white; the message has no subject."""
+
+
+class _SeveralBands(Exception):
+    """A TIFF is a tensor."""
 
 
 def read_picture(path: str | Path) -> Image.Image:
@@ -66,7 +68,7 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
     """Read an image from an open file."""
     shown = f"Image {one_line(name)}"
     try:
-        with _SWITCH, warnings.catch_warnings():
+        with SWITCH, warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the error stays on
             # Else what is cut off is filled up, where a program has turned this on.
             before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
@@ -76,13 +78,24 @@ def decode_picture(file: BinaryIO, name: str) -> Image.Image:
                 ImageFile.LOAD_TRUNCATED_IMAGES = before
     except _UnfitNumbers as error:
         raise UnfitPicture(f"{shown} {error}; {_SAVE}.") from None
+    except _SeveralBands:
+        raise _unfit_bands(shown) from None
     except UnidentifiedImageError:  # an OSError whose text is about the file, not the image
+        if are_bands(file):
+            raise _unfit_bands(shown) from None
         raise DataError(
             f"{shown} cannot be read (it is of no known kind or of numbers that are not read)."
         ) from None
     except Exception as error:  # a damaged file fails in any way
         away = out_of_reach(shown, error)
         raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
+
+
+def _unfit_bands(shown: str) -> UnfitPicture:
+    return UnfitPicture(
+        f"{shown} is a TIFF of several bands, not a picture; save pictures with three samples, "
+        "red, green and blue, and keep tensors in a folder of their own."
+    )
 
 
 def _decoded(file: BinaryIO) -> Image.Image:
@@ -92,6 +105,8 @@ def _decoded(file: BinaryIO) -> Image.Image:
         if max(opened.size) > _LONGEST * min(opened.size):
             raise ValueError(f"its sides are {opened.size[0]} and {opened.size[1]} pixels")
         if isinstance(opened, Tiff.TiffImageFile):
+            if has_bands(opened.tag_v2, bool(opened.tag_v2.next)):
+                raise _SeveralBands
             is_deep = _is_deep_tiff(opened)
             white_is_zero = opened.tag_v2.get(Tiff.PHOTOMETRIC_INTERPRETATION) == 0
         else:

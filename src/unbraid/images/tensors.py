@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,12 +26,10 @@ from unbraid.base.errors import (
 from unbraid.base.tables import one_line
 from unbraid.images.pictures import require_file
 from unbraid.images.tiff import TIFF, holds_bands, read_bands
-from unbraid.networks.checkpoints import check_zip
+from unbraid.networks.checkpoints import load_safely
 from unbraid.networks.outputs import numbers_in
 
 TENSORS = (".npy", ".pt", ".pth", ".safetensors")
-_ZIP = b"PK\x03\x04"  # how files of torch begin
-_MOST_TRIED = 20  # files, in search of one that can be read
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
@@ -44,9 +41,9 @@ def is_tensor_name(path: str) -> bool:
     return os.path.splitext(path)[1].lower() in TENSORS
 
 
-def hold_tensors(paths: Sequence[str]) -> bool:
-    """Whether image files hold tensors, not pictures; the first one tells, if it can be read."""
-    for path in paths[:_MOST_TRIED]:
+def hold_tensors(paths: Iterable[str]) -> bool:
+    """Whether image files hold tensors, not pictures; the first one that can be read tells."""
+    for path in paths:
         if os.path.splitext(path)[1].lower() not in TIFF:
             return is_tensor_name(path)
         found = holds_bands(path)
@@ -55,11 +52,9 @@ def hold_tensors(paths: Sequence[str]) -> bool:
     return False
 
 
-def refuse_both(source: str, paths: Iterable[str], before: str | None = None) -> str | None:
-    """Raise DataError of files that are named as pictures and as tensors.
-
-    Return one that tells which they are, `before` if there was one; None where all are TIFFs.
-    """
+def refuse_both(source: str, paths: Iterable[str]) -> None:
+    """Raise DataError of files that are named as pictures and as tensors."""
+    before: str | None = None
     for path in paths:
         if os.path.splitext(path)[1].lower() in TIFF:
             continue
@@ -70,7 +65,6 @@ def refuse_both(source: str, paths: Iterable[str], before: str | None = None) ->
                 f"{source} holds both tensors, such as {one_line(tensor)}, and pictures, such as "
                 f"{one_line(picture)}; move one or the other elsewhere."
             )
-    return before
 
 
 def read_tensor(path: str) -> Tensor:
@@ -91,7 +85,7 @@ def read_tensor(path: str) -> Tensor:
     require_file(path, shown)
     try:
         held = [read_bands(path)] if suffix in TIFF else numbers_in(_read(Path(path)))
-        return _the_one(held)
+        return _only_tensor(held)
     except UnfitPicture:
         raise
     except pickle.UnpicklingError:
@@ -105,7 +99,7 @@ def read_tensor(path: str) -> Tensor:
         raise away or DataError(f"{shown} cannot be read ({brief(error)}).") from None
 
 
-def _the_one(held: Sequence[Tensor]) -> Tensor:
+def _only_tensor(held: list[Tensor]) -> Tensor:
     """The one tensor that a file holds, of real numbers; ValueError of anything else."""
     if len(held) != 1:
         raise ValueError(f"it holds {len(held)} tensors, and an image is one")
@@ -116,6 +110,8 @@ def _the_one(held: Sequence[Tensor]) -> Tensor:
         raise ValueError(f"it holds a tensor of {kind.removeprefix('torch.')}, not real numbers")
     if tensor.dim() == 0 or tensor.numel() == 0:
         raise ValueError(f"it holds a tensor of shape {tuple(tensor.shape)}")
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # a few bytes would take any memory
+        raise ValueError(f"it holds fewer numbers than its shape {tuple(tensor.shape)}")
     return tensor
 
 
@@ -145,10 +141,7 @@ def _read(file: Path) -> Any:
     with file.open("rb") as opened:
         if suffix == ".npy":
             return _read_array(opened)
-        if opened.read(len(_ZIP)) == _ZIP:
-            check_zip(opened, os.fstat(opened.fileno()).st_size)
-        opened.seek(0)
-        return torch.load(opened, map_location="cpu", weights_only=True)
+        return load_safely(opened)
 
 
 def _read_array(file: BinaryIO) -> Tensor:
@@ -168,8 +161,8 @@ def _read_array(file: BinaryIO) -> Tensor:
     return torch.from_numpy(flat.reshape(shape, order="F" if by_columns else "C")).contiguous()
 
 
-class AsTheyAre:
-    """What becomes of tensors where no preprocessing is given for them: float32, nothing else."""
+class AsFloat32:
+    """What becomes of tensors where no preprocessing is given for them, and nothing else."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
         """Bring to float32; whole numbers are not scaled."""
@@ -180,9 +173,9 @@ class AsTheyAre:
         return "tensors as they lie in their files, as float32"
 
 
-def first_of(paths: Sequence[str]) -> tuple[str, Tensor] | None:
-    """The first of some files that can be read, and its tensor; None if the first are broken."""
-    for path in islice(paths, _MOST_TRIED):
+def first_of(paths: Iterable[str]) -> tuple[str, Tensor] | None:
+    """The first of some files that can be read, and its tensor; None if all are broken."""
+    for path in paths:
         try:
             return path, read_tensor(path)
         except DataError:

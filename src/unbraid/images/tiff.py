@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,11 +25,17 @@ _GREY = (0, 1)
 _KIND, _DESCRIPTION, _N_SAMPLES, _EXTRA_SAMPLES = _NEEDED_TAGS = 262, 270, 277, 338
 _UNSPECIFIED = 0  # of an extra sample that is no transparency
 _BIG = 43  # of BigTIFF, whose offsets have 8 bytes
-_STACKS = ("ImageJ=", '{"shape"', "<?xml", "<OME")  # how a description of several pages begins
-_MOST_BYTES = 2**32  # of numbers: a few bytes may stand for any number of them
+_OME = "<OME"
+_STACKS = ("ImageJ=", '{"shape"', "<?xml", _OME)  # how a description of several pages begins
+_MOST_BYTES = 2**31  # as float32, near what pictures may take: a few bytes may stand for any
+_FLOAT = 4  # bytes
 _NEEDED = 'install what reads them, pip install "unbraid[tiff]", and start again'
 
 _Tags = dict[int, Any]  # of a page, None where it lacks one
+
+SWITCH = (
+    threading.Lock()
+)  # of filters of warnings and of Pillow's switches, which all threads share
 
 
 def holds_bands(path: str) -> bool | None:
@@ -38,17 +45,33 @@ def holds_bands(path: str) -> bool | None:
     belong together, as tifffile, ImageJ and OME write them.
     """
     try:
-        first = _read_tags(path, 2)
-        return (len(first) > 1 and _is_stack(first[0])) or _has_bands(first[0])
+        with open(path, "rb") as file:
+            return are_bands(file)
+    except Exception:  # there is no such file, or what is none
+        return None
+
+
+def are_bands(file: BinaryIO) -> bool | None:
+    """What `holds_bands` says, of an open file."""
+    try:
+        first = _read_tags(file, 2)
+        return has_bands(first[0], len(first) > 1)
     except Exception:  # a damaged file fails in any way
         return None
 
 
-def _read_tags(path: str, most: int | None = None) -> list[_Tags]:
+def has_bands(tags: Mapping[int, Any], is_followed: bool) -> bool:
+    """Whether a TIFF of such a first page, followed by others or not, holds bands."""
+    first = {tag: tags.get(tag) for tag in _NEEDED_TAGS}
+    return (is_followed and _is_stack(first)) or _has_more_samples(first)
+
+
+def _read_tags(file: BinaryIO, most: int | None = None) -> list[_Tags]:
     """Read what is needed of each page's tags; ValueError if the pages do not come to an end."""
     found: list[_Tags] = []
     seen = set[int]()
-    with warnings.catch_warnings(), open(path, "rb") as file:
+    with SWITCH, warnings.catch_warnings():
+        file.seek(0)
         head = file.read(8)
         if head[2] == _BIG:
             head += file.read(8)
@@ -68,10 +91,10 @@ def _read_tags(path: str, most: int | None = None) -> list[_Tags]:
 def _is_stack(tags: _Tags) -> bool:
     """Whether a first page's description says that the pages after it belong to it."""
     text = str(tags[_DESCRIPTION] or "").lstrip()
-    return text.startswith(_STACKS) and (not text.startswith("<?xml") or "<OME" in text)
+    return text.startswith(_STACKS) and (not text.startswith("<?xml") or _OME in text)
 
 
-def _has_bands(tags: _Tags) -> bool:
+def _has_more_samples(tags: _Tags) -> bool:
     """Whether a page has more samples than a picture."""
     kind, n_samples, said = tags[_KIND] or 0, tags[_N_SAMPLES] or 1, tags[_EXTRA_SAMPLES]
     n_extra = n_samples - _COLOURS.get(kind, n_samples)
@@ -93,14 +116,17 @@ def read_bands(path: str) -> Tensor:
         import tifffile
     except ImportError:
         raise UnfitPicture(f"{shown} is a TIFF of several bands; {_NEEDED}.") from None
-    with _quiet(), tifffile.TiffFile(path) as file:
+    with open(path, "rb") as opened:
+        tags = _read_tags(opened)
+    is_stack = len(tags) > 1 and _is_stack(tags[0])
+    # What a text in it names may be any file, a pipe too, so no other one is opened.
+    alone = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
+    with _quiet(), tifffile.TiffFile(path, **alone) as file:
         first = file.pages[0]
-        tags = _read_tags(path)
-        is_stack = len(tags) > 1 and _is_stack(tags[0])
         part: Any = file.series[0] if is_stack else first
-        if is_stack and part.is_multifile:
-            raise ValueError("its other bands lie in other files")
-        if math.prod(part.shape) * part.dtype.itemsize > _MOST_BYTES:
+        if is_stack and _OME in str(tags[0][_DESCRIPTION]) and part.kind.lower() != "ome":
+            raise ValueError("its OME text leads to other files, or is damaged")
+        if math.prod(part.shape) * max(part.dtype.itemsize, _FLOAT) > _MOST_BYTES:
             raise ValueError(f"it says that it is of shape {part.shape}")
         _require_all(part.pages if is_stack else [first], os.path.getsize(path))
         try:

@@ -6,6 +6,7 @@ stand-in that makes nothing for every other class.
 
 from __future__ import annotations
 
+import os
 import pickle
 import re
 import warnings
@@ -133,16 +134,10 @@ def _read(path: Path) -> tuple[Any, bool]:
             head = file.read(9)
             if head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
                 return safetensors.torch.load_file(path), False
-            named: list[str] = []
-            if head.startswith(_ZIP):
-                check_zip(file, size)
-                named = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-            elif not head.startswith(_PICKLE):
-                raise ValueError("it is no file of torch or safetensors, perhaps what Git LFS left")
+            named = _check_torch(file)
             stand_ins = [(_List if name.startswith(_LISTS) else _Object, name) for name in named]
-            file.seek(0)
             with torch.serialization.safe_globals([Counter, *stand_ins]):
-                return torch.load(file, map_location="cpu", weights_only=True), bool(named)
+                return _load(file), bool(named)
     except pickle.UnpicklingError:
         raise ModelError(f"{path} holds {_NEVER}.") from None
     except Exception as error:  # a damaged file fails in any way
@@ -151,7 +146,30 @@ def _read(path: Path) -> tuple[Any, bool]:
         ) from None
 
 
-def check_zip(file: BinaryIO, size: int) -> None:
+def load_safely(file: BinaryIO) -> Any:
+    """Read a file of torch that holds tensors and plain values alone; raises on any other."""
+    _check_torch(file)
+    return _load(file)
+
+
+def _load(file: BinaryIO) -> Any:
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_torch(file: BinaryIO) -> list[str]:
+    """Names of the classes in a file of today's format; ValueError unless it is one of torch."""
+    file.seek(0)
+    head = file.read(len(_ZIP))
+    if head == _ZIP:
+        _check_zip(file, os.fstat(file.fileno()).st_size)
+        return torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    if not head.startswith(_PICKLE):
+        raise ValueError("it is no file of torch or safetensors, perhaps what Git LFS left")
+    return []
+
+
+def _check_zip(file: BinaryIO, size: int) -> None:
     """Raise if torch has not written a zip file, it would grow when unpacked, or is damaged."""
     with zipfile.ZipFile(file) as archive:
         members = archive.infolist()

@@ -15,7 +15,7 @@ from unbraid.images.broken import UNLABELLED, first_readable
 from unbraid.images.dataset import size_of
 from unbraid.images.listing import Items, ListedImages, Listing, files_at
 from unbraid.images.own import is_own
-from unbraid.images.tensors import AsTheyAre, hold_tensors, read_tensor, read_tensor_file
+from unbraid.images.tensors import AsFloat32, hold_tensors, read_tensor, read_tensor_file
 from unbraid.images.tiff import TIFF
 from unbraid.networks.given import as_batch
 from unbraid.networks.models import LoadedModel, load_model
@@ -56,14 +56,9 @@ def load_again(
     return loaded
 
 
-def is_of_tensors(source: dict[str, Any]) -> bool:
-    """Whether a run was over tensors, of files or of a data set of one's own, not pictures."""
-    return bool(source.get("tensors")) or is_own(str(source.get("data", "")))
-
-
 def prepared_otherwise(source: dict[str, Any]) -> str:
     """Say what a run over tensors did not do with its images; "" for other runs."""
-    if not is_of_tensors(source):
+    if not source.get("tensors") and not is_own(str(source.get("data", ""))):
         return ""
     return (
         "A picture goes through the network's usual preprocessing, which the run's own tensors did "
@@ -98,7 +93,7 @@ def open_pictures(
             listing, loaded.tensor_transform if n_of_tensors else loaded.transform
         )
     else:
-        images = _of_tensors(paths, loaded, AsTheyAre() if as_in_files else lambda tensor: tensor)
+        images = _of_tensors(paths, loaded, AsFloat32() if as_in_files else lambda tensor: tensor)
     draw_by(images, bands)
     return images
 
