@@ -81,6 +81,17 @@ def test_a_unit_that_takes_long_is_told_of_by_the_clock(n_done, told, monkeypatc
     assert threading.active_count() == n_threads
 
 
+def test_the_next_line_is_waited_for_from_the_last_one_on(clock, capsys):
+    lines = progress._Lines("Scanning x", 40, 0, "images")
+    assert lines.until_next() == 30
+    work(lines.advance, clock, 1, 31.0, 10)
+    clock[0] += 29.0
+    assert lines.until_next() == 1
+    work(lines.advance, clock, 1, 1.0, 30)  # all are done, but not what comes after the last
+    assert lines.until_next() == 30
+    assert capsys.readouterr().err == "Scanning x: 10 of 40, 0.3 images/s, 1:33 left\n"
+
+
 def test_of_a_block_of_unknown_length_the_time_is_told(clock, monkeypatch, capsys):
     monkeypatch.setattr(progress, "SECONDS_OF_LINES", 0.01)
     with waiting("Listing images"):

@@ -143,6 +143,13 @@ def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
     assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
 
 
+def test_evaluate_loses_no_channel_without_a_word(case, monkeypatch):
+    every = list(evaluate.respond_to_all(case.split, case.scan))
+    monkeypatch.setattr(evaluate, "respond_to_all", lambda *_: iter(every[:-1]))
+    with pytest.raises(ValueError, match="shorter"):
+        unbraid.evaluate(case.split, case.scan)
+
+
 def test_evaluate_tells_how_far_it_is_if_asked(case, monkeypatch, capsys):
     monkeypatch.setattr("unbraid.base.progress.PATIENCE", 0.0)
     quiet = unbraid.evaluate(case.split, case.scan)

@@ -202,7 +202,7 @@ def test_circuits_left_out_are_told_with_the_command_that_follows_them(out, tmp_
     monkeypatch.setattr(module, "N_CHANNELS", 1)
     job = Mock(model=load_network(), loading=Loading(), say=said.append)
     module.follow_layers(job, {"mix": Run(copy / "mix")})
-    (n_found,) = {len(Run(copy / "mix").found.concepts)}
+    n_found = len(Run(copy / "mix").found.concepts)
     assert said == [
         f"Following 1 circuit of mix through earlier layers, those of {n_found} with the lowest "
         f"cosines; `unbraid circuit '{copy / 'mix'}' --channel N` follows another."

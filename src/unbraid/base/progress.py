@@ -122,7 +122,7 @@ class _Lines:
         over = threading.Event()
 
         def look() -> None:
-            while not over.wait(SECONDS_OF_LINES):
+            while not over.wait(self.until_next()):
                 self.advance(0)
 
         looker = threading.Thread(target=look, daemon=True)
@@ -133,13 +133,19 @@ class _Lines:
             over.set()
             looker.join()
 
+    def until_next(self) -> float:
+        """Seconds until a line is due, counted from the last one."""
+        return max(0.0, self._told + SECONDS_OF_LINES - time.monotonic())
+
     def advance(self, n: int) -> None:
         with self._lock:
             self._done += n
             now = time.monotonic()
-            if now - self._told < SECONDS_OF_LINES or self._done == self._total:
+            if now - self._told < SECONDS_OF_LINES:
                 return
             self._told = now
+            if self._done == self._total:  # which the last line tells
+                return
             if self._total is None or self._done == self._begun:
                 counts = "" if self._total is None else f"{self._done:,} of {self._total:,}, "
                 so_far = f"{self._title}: {counts}{_clock(now - self._start)} so far"

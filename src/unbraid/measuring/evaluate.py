@@ -6,8 +6,7 @@ pooled pre-activation, new (N, K) the concept channels', concept (N,) which one 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -120,8 +119,10 @@ def evaluate(
     shaped = responses if maps is None else _gather(split, maps)
     with told.of("Measuring", len(split.channels), "channels") as advance:
         channels = []
-        whole = itertools.repeat(None) if everything is None else respond_to_all(split, everything)
-        for part, to_all in zip(split.channels, whole, strict=False):
+        whole: Iterable[tuple[Tensor, Tensor, Tensor] | None] = [None] * len(split.channels)
+        if everything is not None:
+            whole = respond_to_all(split, everything)
+        for part, to_all in zip(split.channels, whole, strict=True):
             own = responses[part.channel]
             measured = _evaluate_channel(split, part, own, shaped.get(part.channel), tau)
             channels.append(measured if to_all is None else _over_all(measured, *to_all))
