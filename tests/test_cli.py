@@ -342,7 +342,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ((*EARLY, "--encoder", "timm:resnet17"), 2, "Did you mean"),
     ((*RUN[:-1], "no-val", "--out", "mistake"), 1, "no-val/val holds no image"),
     ((*RUN, "--out", "theirs"), 1, "theirs/settings.json"),
-    ((*RUN[:-1], "many", "--out", "mistake"), 1, "no class of two images"),
+    ((*RUN[:-1], "many", "--out", "mistake"), 1, "a class needs two images"),
     ((*RUN[:-1], "nowhere", "--out", "mistake", "--quick"), 1, "There is no folder nowhere"),
     ((*EARLY, "--quick=3"), 2, "--quick"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),

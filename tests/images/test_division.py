@@ -105,7 +105,7 @@ def test_for_validation_keeps_groups_together_and_helps_small_classes():
         (["train/ant/0.png"], "holds train but no val; add that, or name"),
         (["val2017/0.png", "train2017/0.png"], "holds train2017 but no (train|val)"),
         (["shards/validation-0001.tar", "shards/x.tar"], "holds validation-0001.tar but no"),
-        (["ant/0.png", "bee/0.png"], "no class of two images"),
+        (["ant/0.png", "bee/0.png"], "a class needs two images, and"),
         (["ant/0.png", "1.png"], "not plain whether the folders are classes"),
     ],
 )

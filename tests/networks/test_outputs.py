@@ -105,6 +105,35 @@ def test_single_number_beside_maps_counts_for_every_image():
         run_network(PutsOut((MAP, torch.ones(3))), torch.ones(5, 3))
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_single_complex_number_beside_maps_is_the_same_for_every_image(n):
+    output = {"maps": MAP[:n], "scale": torch.tensor(3 + 4j)}
+    rows = run_network(PutsOut(output), torch.ones(n, 3))
+    assert rows[:, -2:].tolist() == [[3.0, 4.0]] * n
+    assert rows.shape == (n, 20)
+
+
+@pytest.mark.parametrize("number", [torch.tensor(7.0), torch.tensor(3 + 4j), torch.tensor(7)])
+def test_single_number_for_a_whole_batch_is_no_output_of_an_image(number):
+    for output in (number, {"loss": number, "scale": number}):
+        for n in (2, 3):
+            with pytest.raises(ModelError, match="no part of it is"):
+                run_network(PutsOut(output), torch.ones(n, 3))
+        assert len(run_network(PutsOut(output), torch.ones(1, 3))) == 1  # which has no other image
+    of_each = [{"score": number}] * 2  # as detection gives, an image each
+    assert run_network(PutsOut(of_each), torch.ones(2, 3)).shape[0] == 2
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+def test_nested_output_is_told_to_be_padded(layout):
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    for output in (nested, {"boxes": nested}):
+        with pytest.raises(ModelError, match="let it put out a padded one"):
+            run_network(PutsOut(output), torch.ones(2, 3))
+    with pytest.raises(ModelError, match="output is a nested tensor, not logits"):
+        as_logits(nested)
+
+
 class TwoInputs(nn.Linear):
     def forward(self, x, age):
         return super().forward(x) + age

@@ -12,7 +12,18 @@ from checks import assert_same_tensors
 from public_calls import call
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import UnbraidError
-from unsteady import MIXING, RANDOM, REFUSED, SOUND, Ends, Small, of_inference_mode, quantised
+from unsteady import (
+    MIXING,
+    RANDOM,
+    REFUSED,
+    SOUND,
+    Begins,
+    Ends,
+    Small,
+    _lone_refused,
+    of_inference_mode,
+    quantised,
+)
 
 MODES = {
     "plain": torch.enable_grad,
@@ -76,6 +87,33 @@ def test_scan_of_network_that_cannot_be_scanned_says_why(name, tmp_path):
         scan(network, tmp_path)
     assert state(network) == before
     assert not list(tmp_path.glob("shard-*"))
+
+
+class OneAlone(SyntheticImages):
+    """The fifth image is smaller than all others, so that it is alone in its batch."""
+
+    def __getitem__(self, index):
+        image, label = super().__getitem__(index)
+        return (image[..., :5] if index == 4 else image), label
+
+
+@pytest.mark.parametrize("name", ["lone", "fails"])
+def test_image_alone_in_its_batch_for_its_size_is_told_if_it_needs_others(name, tmp_path):
+    network = Small(_lone_refused) if name == "lone" else Begins(_small_refused)
+    dataset = OneAlone(8, dtype=torch.float32)
+    told = {
+        "lone": r"on more images at once but not on one image \(give two or more\), and one image "
+        "is alone in its batch, .*; wrap the network",
+        "fails": r"cannot run on .* \(not so small\); check size",  # which others would not mend
+    }
+    with pytest.raises(UnbraidError, match=told[name]):
+        unbraid.scan(network, "layer", dataset, tmp_path, batch_size=4)
+
+
+def _small_refused(_, x):
+    if x.shape[-1] == 5:
+        raise ValueError("not so small")
+    return x
 
 
 def test_scan_of_network_of_one_batch_size_or_with_a_squeezed_head_works(tmp_path):

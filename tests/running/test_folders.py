@@ -19,6 +19,7 @@ from unbraid.reporting.layers import DATA
 from unbraid.reporting.pictures import Sight
 from unbraid.running import folders
 from unbraid.running.folders import Settings, Thresholds, home_of, read_settings, take_folder
+from unbraid.scanning.records import PLACES
 
 SETTINGS = Settings("", Thresholds(), {})
 FOUND = Findings(0.03, 0.75, 0.5, (), {}, (), "", "2", "")
@@ -118,6 +119,7 @@ def test_a_run_chooses_tau_unless_one_is_given_and_find_has_the_published_one():
         *(folders.SETTINGS, "settings-2", "settings-10", "positions-train", "positions-val-2"),
         *(DATA, "index.html", "layers.csv", LISTED, *LISTED_PARTS.values(), "manifest.json"),
         *("shard-000000.safetensors", f"{LISTED}.before", "circuits", "QUICK"),
+        *(PLACES, "explained", "splits"),
     ],
 )
 def test_a_layer_never_has_the_folder_of_something_else(name, tmp_path):

@@ -217,6 +217,9 @@ def test_what_never_runs_says_so(tmp_path):
     network = Around()
     with pytest.raises(LayerError, match="does not run when the network does"):
         unbraid.scan(network, "attention.q_proj", SyntheticImages(3), tmp_path)
+    apart = r"choose from attention\.q_proj, attention\.k_proj, attention\.v_proj\."
+    with pytest.raises(LayerError, match=apart):
+        unbraid.scan(Around(crossed=True), "attention.in_proj", SyntheticImages(3), tmp_path)
     changed = unbraid.apply(network, make_split(network, layer="attention.in_proj"))
     network.apart = changed.apart = True
     with pytest.raises(ModelError, match=r"never runs layer 'attention\.in_proj'"):

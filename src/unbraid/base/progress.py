@@ -19,6 +19,10 @@ PATIENCE = 2.0  # seconds that a step of `Progress` takes before anything is sho
 Advance = Callable[[int], None]
 
 
+def uncounted(_: int) -> None:
+    """Advance nothing, where nobody asks how far it is."""
+
+
 @dataclass(frozen=True)
 class Progress:
     """What the steps of one piece of work tell of themselves, on standard error or not at all."""

@@ -38,7 +38,7 @@ def class_sums(
     n_images = torch.zeros(n_classes, dtype=torch.int64)
     pooled = torch.zeros(n_classes, spec.groups, spec.n_taps, dtype=torch.float64)
     matters = torch.zeros(len(taus), n_classes * spec.n_out, dtype=torch.int64)
-    with progress.of("Reading the scan", scan.manifest.n_images, "images") as advance:
+    with progress.of("Reading the scan", scan.n_by_label.total(), "images") as advance:
         for records in scan.shards():
             n_images.index_add_(0, records.label, torch.ones_like(records.label))
             pooled.index_add_(0, records.label, records.pooled.double())

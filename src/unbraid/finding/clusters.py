@@ -195,7 +195,7 @@ def _strongest(scan: Scan, channels: Sequence[int], progress: Progress) -> tuple
     total, n_images = torch.zeros(len(channels), dtype=torch.float64), 0
     n_even = 0  # images, or places drawn evenly, whose mean it is
     shown: tuple[Tensor, Tensor] | None = None  # group and inputs of the image before
-    with progress.of("Looking for top images", scan.manifest.n_images, "images") as advance:
+    with progress.of("Looking for top images", scan.n_by_label.total(), "images") as advance:
         for records in scan.shards():
             new = mean_responses(scan, records.pooled, records.n_positions, channels)
             place = torch.arange(n_images, n_images + len(new), dtype=torch.int64)

@@ -116,7 +116,7 @@ def _intervals(
         return drawn if part[0] else torch.cat([drawn, halve(place, index)], 1)
 
     halves = means  # until the first portion has them
-    total = len(portions) * scan.manifest.n_images
+    total = len(portions) * scan.n_by_label.total()
     with progress.of("Judging chance", total, "images") as advance:
         for part in portions:
             n_all = len(part) + (0 if part[0] else 2 * N_HALVINGS)

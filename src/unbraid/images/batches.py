@@ -16,7 +16,7 @@ from torch.distributed import DistError
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from unbraid.base.errors import DataError, RunError, UsageError, brief
-from unbraid.base.progress import counted
+from unbraid.base.progress import Advance, counted, uncounted
 from unbraid.images.broken import NO_IMAGE, Loaded, Readable, failed, sort_out
 
 _OF_WORKER = "DataLoader worker"  # as torch tells of one's death, wherever the program is
@@ -60,7 +60,7 @@ def read_images(
     *,
     workers: int,
     skip_broken: bool = False,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = uncounted,
 ) -> Iterator[Batch]:
     """Read batches of images, in order, but those without a good one; `advance` counts images.
 
@@ -197,7 +197,7 @@ def _died(error: BaseException) -> str:
 @contextmanager
 def image_progress(
     title: str, total: int, done: int = 0, *, show: bool
-) -> Iterator[Callable[[int], None]]:
+) -> Iterator[Advance]:
     """Count images while a block runs; the function handed out adds to the count.
 
     On a terminal that is a bar. Elsewhere, as in a log file, it is a line every half minute.

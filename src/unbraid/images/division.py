@@ -75,8 +75,8 @@ def divide(whole: Listing, part: str) -> Listing:
     n_val = int(held_out.sum())
     if n_val == 0:
         raise DataError(
-            f"{whole.source} has no class of two images that are not one group, so there is none "
-            "for validation; add some."
+            f"No image of {whole.source} can be kept for validation: a class needs two images, and "
+            "images of one group, such as views of one thing, count as one; add images."
         )
     own = (held_out == (part == VAL)).nonzero()[0]
     ids = _take(whole.ids, own)

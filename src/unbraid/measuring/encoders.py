@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import ModelError, UsageError, brief, memory_full
 from unbraid.base.modes import callers_device
+from unbraid.base.progress import Advance, uncounted
 from unbraid.images.batches import Batch, read_images
 from unbraid.images.dataset import all_hold, picture_of, size_of
 from unbraid.networks.copying import device_of
@@ -204,7 +205,7 @@ def load_batches(
     dataset: Dataset[Any],
     batches: Sequence[Sequence[int]],
     workers: int,
-    advance: Callable[[int], None] = lambda _: None,
+    advance: Advance = uncounted,
 ) -> Iterator[Batch]:
     """Read images as `read_images` does, in the encoder's own preprocessing if it has one."""
     if isinstance(encoder, TimmEncoder) and all_hold(dataset, "picture"):

@@ -16,7 +16,7 @@ from torch import Tensor
 from unbraid.base.arguments import as_kind, flag, real_number
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
-from unbraid.base.progress import Advance, Progress
+from unbraid.base.progress import Advance, Progress, uncounted
 from unbraid.finding.membership import Members
 from unbraid.images.batches import in_batches
 from unbraid.measuring.compare import OutputComparison
@@ -49,10 +49,6 @@ from unbraid.scanning.records import Scan
 from unbraid.splitting.splits import ChannelSplit, Split
 
 _MAX_BYTES = 2**27  # of responses to all images held at a time
-
-
-def _untold(_: int) -> None:
-    """Count nothing."""
 
 
 @in_plain_modes
@@ -114,7 +110,7 @@ def evaluate(
     if not 0 <= tau <= 1:
         raise UsageError(f"tau is {tau:g}; a share must lie between 0 and 1.")
     told = Progress(flag("progress", progress))
-    with told.of("Reading responses", scan.manifest.n_images, "images") as advance:
+    with told.of("Reading responses", scan.n_by_label.total(), "images") as advance:
         responses = gather_responses(split, scan, advance)
     shaped = responses if maps is None else _gather(split, maps)
     with told.of("Measuring", len(split.channels), "channels") as advance:
@@ -190,7 +186,7 @@ def _refuse_other_results(
         )
 
 
-def gather_responses(split: Split, scan: Scan, advance: Advance = _untold) -> dict[int, Responses]:
+def gather_responses(split: Split, scan: Scan, advance: Advance = uncounted) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
     gathered = _gather(split, scan, advance)
     for part in split.channels:
@@ -205,7 +201,7 @@ def gather_responses(split: Split, scan: Scan, advance: Advance = _untold) -> di
     return gathered
 
 
-def _gather(split: Split, scan: Scan, advance: Advance = _untold) -> dict[int, Responses]:
+def _gather(split: Split, scan: Scan, advance: Advance = uncounted) -> dict[int, Responses]:
     """The same, of the channels of whose concepts the scan has an image."""
     parts: dict[int, list[Responses]] = {part.channel: [] for part in split.channels}
     members = split.members_in(scan)

@@ -34,7 +34,7 @@ LayerName = str | nn.Module
 ALL = "all"  # stands for every layer that can be scanned
 # What runs and scans call their own folders and files, also where case does not tell names apart.
 _OURS = re.compile(
-    r"quick|settings-\d+|scan-(train|val)|positions-.*|features|circuits|"
+    r"quick|settings-\d+|scan-(train|val)|positions-.*|features|circuits|places|explained|splits|"
     r".+\.(csv|html|json|safetensors|txt|before|damaged|replaced|tmp)",
     re.IGNORECASE,
 )
@@ -101,6 +101,11 @@ def layer_names(
             fitting: list[str] = known if layer == ALL else []
             for pattern in (str(layer), unwrapped_name(str(layer))):
                 fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
+            if not fitting and known == [""]:
+                raise LayerError(
+                    "The network is a single layer, which has no name to be scanned by; wrap it: "
+                    "torch.nn.Sequential(network), whose layer is '0'."
+                )
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."

@@ -44,9 +44,8 @@ class LoadedModel:
     source: dict[str, Any]  # what `load_model` needs to load it again
     names: Names = field(default_factory=Names)  # given for outputs or classes, to be read
     note: str = ""  # what was assumed of pictures, for people
-    tensor_transform: Transform | None = (
-        None  # what brings tensors to what it takes, if it is known
-    )
+    # What brings tensors to what it takes, if it is known.
+    tensor_transform: Transform | None = None
 
     def n_outputs(self, image: Tensor | None = None) -> int:
         """Run the network on an image, (C, H, W), by default a blank one; count the logits."""
@@ -57,8 +56,11 @@ class LoadedModel:
         except Exception as error:  # of a network or preprocessing of anyone's own
             if isinstance(error, ModelError) and error.__cause__ is None:
                 raise  # as it says what is wrong with the network's output
-            what = "what its preprocessing makes of a picture"
-            what = what if image is None else f"an image of shape {tuple(image.shape)}"
+            what = (
+                "what its preprocessing makes of a picture"
+                if image is None
+                else f"an image of shape {tuple(image.shape)}"
+            )
             raise ModelError(
                 f"The network cannot run on {what} "
                 f"({brief(error.__cause__ or error)}); let FILE.py:FUNCTION return (network, "

@@ -144,17 +144,22 @@ def _called_logits(output: Any) -> Any:
 
 def _is_logits(output: Any) -> TypeGuard[Tensor]:
     """Whether it can be logits; whole numbers, such as winning classes, are none."""
-    if not isinstance(output, Tensor) or output.dim() not in (1, 2):
+    if not isinstance(output, Tensor) or output.dim() not in (1, 2) or output.is_nested:
         return False
     return output.is_floating_point() or output.is_quantized
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Numbers as torch computes with them: not quantised, sparse or complex."""
+def _plain(tensor: Tensor, n_images: int | None = None) -> Tensor:
+    """Numbers as torch computes with them: not quantised, sparse or complex.
+
+    Of a single number, with `n_images`, that many.
+    """
     if tensor.is_quantized:
         tensor = tensor.dequantize()
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
+    if n_images is not None and tensor.dim() == 0:
+        tensor = tensor.expand(n_images)  # before a complex number becomes two of the same image
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
@@ -194,6 +199,8 @@ def _parts(output: Any, depth: int = 3) -> Iterator[tuple[str, Any]]:
 
 def describe_output(output: Any) -> str:
     """Say what a network's output is, in a few words."""
+    if isinstance(output, Tensor) and output.is_nested:  # whose shape torch may not tell
+        return "a nested tensor"
     if isinstance(output, Tensor):
         of = "" if output.is_floating_point() else f" of {str(output.dtype).removeprefix('torch.')}"
         return f"a tensor {tuple(output.shape)}{of}"
@@ -273,9 +280,16 @@ def logits_of(output: Any, n_images: int) -> Tensor:
 
 def _rows_of(output: Any, n_images: int) -> Tensor | None:
     """All numbers of an output that is no logits, (N, D); None if some are of no image."""
-    tensors = [_plain(tensor) for tensor in numbers_in(output) if not tensor.is_meta]
-    if not tensors or len(tensors) < len(numbers_in(output)):
+    found = numbers_in(output)
+    if any(tensor.is_nested for tensor in found):
+        raise ModelError(
+            "The network's output holds a nested tensor; let it put out a padded one, as "
+            "torch.nested.to_padded_tensor makes it."
+        )
+    if not found or any(tensor.is_meta for tensor in found):
         return None
+    # A single number is every image's, such as the scale that CLIP puts out.
+    tensors = [_plain(tensor, n_images) for tensor in found]
     # Whole numbers beside fractions keep all their digits.
     fractions = [tensor.dtype for tensor in tensors if tensor.is_floating_point()]
     exact = len(fractions) == len(tensors)
@@ -291,8 +305,9 @@ def _rows_of(output: Any, n_images: int) -> Tensor | None:
         return nn.utils.rnn.pad_sequence(rows, batch_first=True)
     if n_images == 1:
         return torch.cat([tensor.reshape(1, -1).to(dtype) for tensor in tensors], 1)
-    # A single number is every image's, such as the scale that CLIP puts out.
-    tensors = [tensor.expand(n_images) if tensor.dim() == 0 else tensor for tensor in tensors]
+    # Single numbers alone may be a mean or sum over the batch, in which images cannot be told.
+    if not any(tensor.dim() > 0 for tensor in found):
+        return None
     if any(len(tensor) != n_images for tensor in tensors):
         return None
     return torch.cat([tensor.reshape(n_images, -1).to(dtype) for tensor in tensors], 1)

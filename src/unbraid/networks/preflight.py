@@ -87,13 +87,25 @@ def _look_at_fewer(
             stack.callback(handle.remove)
         found = _tried(model, images)
     if isinstance(found, ModelError):
-        what = "one image" if len(images) == 1 else f"{len(images)} images"
+        n = len(images)
         raise ModelError(
-            f"The network runs on more images at once but not on {what} "
-            f"({brief(found.__cause__ or found)}), and the last batch holds {len(images)}; choose "
-            "a batch_size that leaves no such rest, or wrap the network so that it runs on any "
-            "number."
+            f"{_not_on(n, found)}, and the last batch holds {n}; choose a batch_size that leaves "
+            "no such rest, or wrap the network so that it runs on any number."
         )
+
+
+def needs_company(found: ModelError) -> ModelError:
+    """Say that a network does not run on an image that is alone in its batch."""
+    return ModelError(
+        f"{_not_on(1, found)}, and one image is alone in its batch, as images of other sizes and "
+        "broken ones are not in it; wrap the network so that it runs on any number."
+    )
+
+
+def _not_on(n: int, found: ModelError) -> str:
+    what = "one image" if n == 1 else f"{n} images"
+    why = brief(found.__cause__ or found)
+    return f"The network runs on more images at once but not on {what} ({why})"
 
 
 def _refuse_lone(

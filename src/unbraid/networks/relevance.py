@@ -24,7 +24,7 @@ from unbraid.base.modes import (
     without_autocast,
     without_inference,
 )
-from unbraid.networks.attention import opened
+from unbraid.networks.attention import APART, TOGETHER, opened
 from unbraid.networks.by_weight import run_where_applied
 from unbraid.networks.spec import widen
 
@@ -121,6 +121,13 @@ def _no_reentrant_checkpoints() -> Iterator[None]:
 
 def never_ran(name: str) -> LayerError:
     """Say that a layer did not run, and why that may be."""
+    path, _, part = name.rpartition(".")
+    if part == TOGETHER:  # of nn.MultiheadAttention, as another layer of this name may be
+        apart = ", ".join(f"{path}.{own}".lstrip(".") for own in APART)
+        return LayerError(
+            f"Layer {name!r} does not run when the network does. It runs only where query, key and "
+            f"value of the attention are one; where they differ, choose from {apart}."
+        )
     return LayerError(
         f"Layer {name!r} does not run when the network does (it has no part in this, or its "
         "weights are used without it); choose another, `unbraid layers` lists those that run."

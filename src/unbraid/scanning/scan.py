@@ -314,7 +314,8 @@ def _describe_all(
                 )
                 told[name] = before
     else:  # looked at in any case, so that a data set of something else is told first
-        image = largest_readable(dataset, indices)
+        looked_for = first_readable if options.batch_size else largest_readable
+        image = looked_for(dataset, indices)
         size = options.batch_size or batch_size_for(model, modules, image)
         usual = {
             "threads": torch.get_num_threads(),

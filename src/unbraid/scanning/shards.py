@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset, Subset
 
-from unbraid.base.errors import DataError, OutOfMemory, RunError, memory_full
+from unbraid.base.errors import CannotRun, DataError, OutOfMemory, RunError, memory_full
 from unbraid.base.files import remove_leftovers, write_tensors, write_whole
 from unbraid.base.tables import count
 from unbraid.base.team import Team, n_ranks
@@ -39,7 +39,7 @@ from unbraid.networks.copying import device_of
 from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import bias_of, weight_rows
 from unbraid.networks.outputs import check_labels
-from unbraid.networks.preflight import look_first
+from unbraid.networks.preflight import look_first, needs_company
 from unbraid.networks.relevance import undisturbed
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.fields import Records, join_records
@@ -299,6 +299,12 @@ def _in_portions(
         try:
             done.append(run(items[start : start + at_once]))
             start += at_once
+        except CannotRun as error:
+            # Seen only now where the images before were of another size.
+            alone = items[start : start + at_once]
+            if len(alone) == 1 and _runs(run, [*alone, *alone]):
+                raise needs_company(error) from None
+            raise
         except Exception as error:
             if not memory_full(error):
                 raise
@@ -310,6 +316,14 @@ def _in_portions(
                 stacklevel=2,
             )
     return done, at_once
+
+
+def _runs(run: Callable[[Sequence[Loaded]], list[Records]], items: Sequence[Loaded]) -> bool:
+    try:
+        run(items)
+    except Exception:  # of a network of anyone's own
+        return False
+    return True
 
 
 def _look(

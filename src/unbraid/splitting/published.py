@@ -52,7 +52,7 @@ def choose_rho(
     for o in concepts:
         masks = [published_masks(arvs[o], rho, layer.taps_per_input) for rho in RHOS]
         rows[o] = torch.cat(masks).to(scan.weight.dtype) * scan.weight[o]
-    with progress.of("Choosing rho", scan.manifest.n_images, "images") as advance:
+    with progress.of("Choosing rho", scan.n_by_label.total(), "images") as advance:
         for records in scan.shards():
             assert records.input_map is not None
             for o, own in concepts.items():
