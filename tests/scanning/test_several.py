@@ -239,3 +239,9 @@ def test_what_no_circuit_leads_through_is_refused(network, splits, scans):
     ):
         with pytest.raises(error, match=told):
             unbraid.circuit_from(**{**usual, **changed})
+
+
+def test_all_layers_of_a_network_that_is_one_layer_says_to_wrap_it(tmp_path):
+    images = torch.utils.data.TensorDataset(torch.randn(4, 6), torch.tensor([0, 1, 0, 1]))
+    with pytest.raises(LayerError, match=r"is a single layer, .* wrap it: torch\.nn\.Sequential"):
+        unbraid.scan(nn.Linear(6, 3), "all", images, tmp_path)

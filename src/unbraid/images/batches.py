@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -195,9 +195,7 @@ def _died(error: BaseException) -> str:
 
 
 @contextmanager
-def image_progress(
-    title: str, total: int, done: int = 0, *, show: bool
-) -> Iterator[Advance]:
+def image_progress(title: str, total: int, done: int = 0, *, show: bool) -> Iterator[Advance]:
     """Count images while a block runs; the function handed out adds to the count.
 
     On a terminal that is a bar. Elsewhere, as in a log file, it is a line every half minute.

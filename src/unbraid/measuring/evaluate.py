@@ -186,7 +186,9 @@ def _refuse_other_results(
         )
 
 
-def gather_responses(split: Split, scan: Scan, advance: Advance = uncounted) -> dict[int, Responses]:
+def gather_responses(
+    split: Split, scan: Scan, advance: Advance = uncounted
+) -> dict[int, Responses]:
     """Read a Scan once and compute all responses to the images of each channel's concepts."""
     gathered = _gather(split, scan, advance)
     for part in split.channels:

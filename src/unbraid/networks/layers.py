@@ -97,15 +97,15 @@ def layer_names(
             known = [spec.name for spec in usable()]
             if not known:
                 raise no_layers(model)
-            # A network may have a part of a wrapper's name itself.
-            fitting: list[str] = known if layer == ALL else []
-            for pattern in (str(layer), unwrapped_name(str(layer))):
-                fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
-            if not fitting and known == [""]:
+            if known == [""]:
                 raise LayerError(
                     "The network is a single layer, which has no name to be scanned by; wrap it: "
                     "torch.nn.Sequential(network), whose layer is '0'."
                 )
+            # A network may have a part of a wrapper's name itself.
+            fitting: list[str] = known if layer == ALL else []
+            for pattern in (str(layer), unwrapped_name(str(layer))):
+                fitting = fitting or [name for name in known if fnmatchcase(name, pattern)]
             if not fitting:
                 raise LayerError(
                     f"No layer that can be split fits {layer!r}; `unbraid layers` lists them."
