@@ -1,10 +1,14 @@
 """What is published: the checker of wheel and sdist can fail, and versions agree."""
 
+import os
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
+import first_steps
+import ranges
 from check_package import (
     ROOT,
     faults_of_content,
@@ -154,3 +158,70 @@ def test_a_step_that_ends_or_speaks_otherwise_is_told(code, says, exit_code, rig
     (tmp_path / "step.py").write_text(code)
     wrong = take(Step(f"{sys.executable} step.py", says, exit_code), tmp_path)
     assert (wrong == "") == right
+
+
+APP = """#!{python}
+import sys, time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Page(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{page}")
+
+server = HTTPServer(("127.0.0.1", 0), Page)
+print("{said}", file=sys.stderr)
+print(f"{word}127.0.0.1:{{server.server_port}}/", flush=True)
+try:
+    server.serve_forever()
+except KeyboardInterrupt:
+    {end}
+"""
+RIGHT = {"page": "<!DOCTYPE html>", "said": "", "word": "http://", "end": "pass"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({}, ""),
+        ({"page": "nothing"}, "is no page"),
+        ({"said": "Traceback of something"}, "it says what no step may say:\nTraceback"),
+        ({"word": "at "}, "no address is named"),
+        ({"end": "sys.exit(3)"}, "exit code 3, not 0"),
+        ({"end": "time.sleep(600)"}, "it does not stop in 10 seconds"),
+    ],
+)
+def test_an_app_that_is_wrong_is_told(wrong, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(first_steps, "PATIENCE", 10.0 if "no" in told else 100.0)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    (tmp_path / "unbraid").write_text(APP.format(python=sys.executable, **RIGHT | wrong))
+    (tmp_path / "unbraid").chmod(0o755)
+    found = first_steps.explore(tmp_path)
+    assert told in found
+    assert bool(told) == bool(found)
+
+
+def test_an_install_that_was_broken_off_is_made_again(tmp_path, monkeypatch):
+    asked, python = [], tmp_path / "bin" / "python"
+
+    def run(command, **_):
+        asked.append(command)
+        if "wheel" in command:
+            (Path(command[-2]) / "unbraid-1.whl").touch()
+        elif len(asked) == 2:
+            raise KeyboardInterrupt
+
+    def create(folder, **_):
+        python.parent.mkdir(exist_ok=True)
+        python.touch()
+
+    monkeypatch.setattr(ranges.subprocess, "run", run)
+    monkeypatch.setattr(ranges.venv, "create", create)
+    project = {"optional-dependencies": {"test": ["pytest"]}}
+    with pytest.raises(KeyboardInterrupt):
+        ranges.install(python, project, {})
+    for _ in range(2):
+        ranges.install(python, project, {})
+    whole = ["--force-reinstall" not in command for command in asked if "install" in command]
+    assert whole == [True, True, False]

@@ -14,8 +14,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from urllib.request import urlopen
 
 OWN = """
@@ -61,6 +62,8 @@ class Step(NamedTuple):
     code: int = 0
 
 
+LONGEST = 3600.0  # seconds that a step may take
+PATIENCE = 120.0  # seconds until the app names its address, sends its page, or stops
 EXPLORE = "unbraid explore run --model own.py:build"  # runs until it is stopped
 STEPS = (
     Step("python pictures.py", ""),
@@ -87,9 +90,11 @@ _WRONG = re.compile(r"Traceback|FutureWarning|DeprecationWarning")  # what no st
 
 def take(step: Step, folder: Path) -> str:
     """Take one step: "" or what is wrong with it."""
-    done = subprocess.run(
-        step.words.split(), cwd=folder, check=False, capture_output=True, text=True
-    )
+    asked: dict[str, Any] = {"cwd": folder, "capture_output": True, "text": True}
+    try:
+        done = subprocess.run(step.words.split(), check=False, timeout=LONGEST, **asked)
+    except subprocess.TimeoutExpired:
+        return f"no end after {LONGEST:g} seconds"
     said = done.stdout + done.stderr
     right = done.returncode == step.code and re.search(step.says, said) and not _WRONG.search(said)
     return "" if right else f"exit code {done.returncode}, not {step.code}:\n{said}"
@@ -97,21 +102,40 @@ def take(step: Step, folder: Path) -> str:
 
 def explore(folder: Path) -> str:
     """Open the app, fetch its page, stop it as ctrl-C does: "" or what is wrong."""
-    words = [*EXPLORE.split(), "--no-open"]
-    with subprocess.Popen(words, cwd=folder, stdout=subprocess.PIPE, text=True) as app:
-        assert app.stdout is not None
+    words, log = [*EXPLORE.split(), "--no-open"], folder / "explore.log"
+    with (
+        log.open("w") as told,
+        subprocess.Popen(words, cwd=folder, stdout=told, stderr=subprocess.STDOUT) as app,
+    ):
         try:
-            line = app.stdout.readline()
-            address = re.search(r"http://\S+", line)
-            if address is None:
-                return f"no address is named: {line}"
-            with urlopen(address[0]) as page:
-                if b"<!DOCTYPE html>" not in page.read():
-                    return f"{address[0]} is no page"
-        finally:
+            wrong = _fetch(app, log)
             app.send_signal(signal.SIGINT)
-        app.wait()
-    return f"exit code {app.returncode}, not 0" if app.returncode else ""
+            app.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            wrong = f"it does not stop in {PATIENCE:g} seconds"
+        finally:
+            app.kill()
+    said = log.read_text()
+    if not wrong and app.returncode:
+        wrong = f"exit code {app.returncode}, not 0"
+    if not wrong and _WRONG.search(said):
+        wrong = "it says what no step may say"
+    return f"{wrong}:\n{said}" if wrong else ""
+
+
+def _fetch(app: subprocess.Popen[bytes], log: Path) -> str:
+    """Fetch the page of an app once it names its address: "" or what is wrong."""
+    end = time.monotonic() + PATIENCE
+    while (address := re.search(r"http://\S+(?=\s)", log.read_text())) is None:
+        if app.poll() is not None or time.monotonic() > end:
+            return "no address is named"
+        time.sleep(0.1)
+    try:
+        with urlopen(address[0], timeout=PATIENCE) as page:
+            is_page = b"<!DOCTYPE html>" in page.read()
+    except OSError as error:
+        return f"{address[0]} cannot be fetched ({error})"
+    return "" if is_page else f"{address[0]} is no page"
 
 
 def main(binaries: Path, folder: Path) -> int:

@@ -62,7 +62,8 @@ def install(python: Path, project: dict[str, object], pins: dict[str, str]) -> N
     """Build a wheel of this source, and install it with these versions, if it is not yet there."""
     folder = python.parents[1]
     pip = [str(python), "-m", "pip"]
-    new = not python.exists()
+    done = folder / "installed.txt"  # so that an install that was broken off is made again
+    new = not done.exists()
     if new:
         venv.create(folder, with_pip=True)
     with TemporaryDirectory() as built:
@@ -72,6 +73,7 @@ def install(python: Path, project: dict[str, object], pins: dict[str, str]) -> N
             (folder / "pins.txt").write_text("".join(f"{n}=={one}\n" for n, one in pins.items()))
             asked = [*asked_of_pip(project, wheel), "-c", str(folder / "pins.txt")]
             subprocess.run([*pip, "install", *asked], check=True)
+            done.touch()
         else:
             again = ["install", "--no-deps", "--force-reinstall", str(wheel)]
             subprocess.run([*pip, *again], check=True)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from unbraid.base.errors import DataError, UsageError
+from unbraid.base.errors import CannotRun, DataError, UsageError
 from unbraid.cli import app
 from unbraid.exploring.explorer import open_explorer
 from unbraid.exploring.opened import open_run
@@ -120,6 +120,14 @@ def test_other_images_than_were_scanned_are_told_everywhere(named, words, kind_a
     told = [text for text in opened.missing if words in text]
     assert told[-1].startswith("Reference images stay without pictures: ")
     assert (opened.train_images is None) == (named == "other")
+
+
+def test_the_layers_of_a_network_for_signals_come_without_a_word_on_pictures(place, capsys):
+    model = f"{place}/own.py:signals"
+    with pytest.raises(CannotRun, match="images of its own by --data"):
+        unbraid("layers", model)
+    unbraid("layers", model, "--data", f"{place}/own.py:some_signals")
+    assert "ImageNet" not in capsys.readouterr().err
 
 
 def test_bands_without_pictures_to_share_are_refused(kind_and_run, place):

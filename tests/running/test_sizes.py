@@ -51,6 +51,7 @@ SIZES = [((7, 6), (6, 5)), ((7, 5), (5, 7))]  # the second of as many positions
 def test_a_run_leaves_out_what_asks_for_positions_and_is_whole(sizes, tmp_path):
     made, said = run(tmp_path / "a", sizes)
     assert "different sizes, so rectified errors are left out, and the published rule too" in said
+    assert "Resize to one size" in said
     assert (made.baseline, made.val_maps) == (None, None)
     assert made.evaluation.output.max_abs_logit_diff == 0
     assert made.evaluation.ablation is not None
@@ -64,7 +65,7 @@ def test_a_run_leaves_out_what_asks_for_positions_and_is_whole(sizes, tmp_path):
     for own, other in zip(made.split.channels, one.split.channels, strict=True):
         assert torch.allclose(own.masks, other.masks, atol=1e-5)
     (tmp_path / "a" / NO_POSITIONS).unlink()  # the twin: nothing tells why they are not there
-    with pytest.raises((RunError, FileNotFoundError)):
+    with pytest.raises(RunError, match="is gone, which the page shows; start the run again"):
         _ = Run(tmp_path / "a").val_maps
     assert check(tmp_path / "a").missing
 

@@ -186,7 +186,6 @@ def layers(
     rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
     if data is None:
-        note(loaded.note)
         blank = loaded.transform(Image.new("RGB", (256, 256)))
         try:
             specs = usable_layers(loaded.model, blank[None])
@@ -194,6 +193,7 @@ def layers(
             raise CannotRun(
                 f"{str(error).removesuffix('.')}, or give it images of its own by --data."
             ) from error
+        note(loaded.note)  # once the network is seen to take such a picture
     else:
         specs = usable_in(loaded.model, open_images(loaded, data, of_outputs=False))
     if not specs:

@@ -81,7 +81,8 @@ def tell_bands(dataset: Dataset[Any], index: int) -> str:
     if is_unprepared(dataset, index):
         return (
             "Pictures show tensors as they lie in their files; the network was given them in the "
-            "preprocessing that comes with it."
+            "preprocessing that comes with it. --bands is not followed here, as it names bands of "
+            "what the network was given."
         )
     image, bands = None, bands_of(dataset, index)
     with suppress(Exception):  # of a data set of anyone's own

@@ -304,6 +304,9 @@ def _notes(material: Material, has_images: bool) -> list[str]:
     drawn = features.channels if features else ()
     missing = sum(part.channel not in drawn for part in material.parts)
     why = "for lack of time" if features and features.left_out else "none were given"
+    none_why = "none were given"
+    if material.command is not None:  # a run's page
+        none_why = "the run was asked to leave them out, or could not make them"
     whole = not material.scan.manifest.places_of  # images, not places in them
     left_out: dict[str, Any] = {
         "Measures and the output check are left out: no evaluation was given.": not known
@@ -338,7 +341,7 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         f"Circuits through an earlier layer are shown of {n_through:,} of {count(n, 'channel')}, "
         "those with the lowest cosines.": 0 < n_through < n,
         "Pictures are left out: no data set was given.": not has_images,
-        "Feature visualisations are left out: none were given.": features is None,
+        f"Feature visualisations are left out: {none_why}.": features is None,
         f"Feature visualisations of {count(missing, 'channel')} are left out: {why}.": (
             features is not None and missing
         ),

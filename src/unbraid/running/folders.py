@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from itertools import chain, count
@@ -130,18 +130,22 @@ def first_look_in_words(source: Mapping[str, Any], found: Findings) -> str:
     """Say what a first look rests on, how sure it is, and what looks at the rest; else nothing."""
     n_sure = len(found.sure_channels)
     n_uncertain = len(found.concepts) - n_sure
-    return look_in_words(
-        source, f": {n_sure:,} sure, {n_uncertain:,} uncertain polysemantic channels"
-    )
+    return look_in_words(source, (n_sure, n_uncertain))
 
 
-def look_in_words(source: Mapping[str, Any], found: str = "") -> str:
-    """Say what a first look rests on, what was found, and what looks at the rest; else nothing."""
+def look_in_words(source: Mapping[str, Any], n_found: tuple[int, int] | None = None) -> str:
+    """Say what a first look rests on, what was found, and what looks at the rest; else nothing.
+
+    `n_found` counts the sure and the uncertain polysemantic channels.
+    """
     look = source.get("first_look")
     if not isinstance(look, dict) or not all(
         isinstance(look.get(k), str) for k in ("images", "command")
     ):
         return ""
+    found = ""
+    if n_found is not None:
+        found = f": {n_found[0]:,} sure, {n_found[1]:,} uncertain polysemantic channels"
     return f"First look at {look['images']}{found}. The full run: {look['command']}"
 
 
@@ -380,7 +384,7 @@ def validation_images(
         transform = network.transform
     images = ListedImages(listing, transform, labels, scan.class_names)
     images.unprepared = listing.of_tensors and network is None and sight is None
-    with suppress(UsageError) if images.unprepared else nullcontext():  # bands of another shape
+    if not images.unprepared:  # whose axes may be others than those that bands were named of
         draw_by(images, source.get("bands"))
     return as_scanned(images, scan)
 

@@ -212,7 +212,10 @@ def _keep_positions(job: Job, made: Run) -> None:
         made.val_maps = _scan_positions(job, made, "val")
     except SizesDiffer:
         rho = "" if made.baseline else ", and the published rule too, unless --rho is given"
-        why = f"Images are of different sizes, so rectified errors are left out{rho}."
+        why = (
+            f"Images are of different sizes, so rectified errors are left out{rho}. A Resize to "
+            "one size in the preprocessing would keep them."
+        )
         job.say(why)
         write_whole(told, f"{why}\n".encode())
     else:
