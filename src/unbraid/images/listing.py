@@ -378,7 +378,7 @@ def _found_in(
     for number, folder in folders:
         passed: list[str] = []
         yield number, _some_below(folder, endings, passed)
-        n_passed, one = n_passed + len(passed), one or next(iter(passed), "")
+        n_passed, one = n_passed + len(passed), one or min(passed, default="")
     if n_passed:
         warnings.warn(
             f"{root} holds pictures, so tensors in it are passed over: {count(n_passed, 'file')}, "
