@@ -374,13 +374,15 @@ def _found_in(
     root: Path, folders: Sequence[tuple[int, Path]], endings: tuple[str, ...]
 ) -> Iterator[tuple[int, list[str]]]:
     """The images of each folder, with its number; warns of tensors passed over beside pictures."""
-    passed: list[str] = []
+    n_passed, one = 0, ""
     for number, folder in folders:
+        passed: list[str] = []
         yield number, _some_below(folder, endings, passed)
-    if passed:
+        n_passed, one = n_passed + len(passed), one or min(passed, default="")
+    if n_passed:
         warnings.warn(
-            f"{root} holds pictures, so {count(len(passed), 'file')} of tensors, such as "
-            f"{one_line(passed[0])}, {'is' if len(passed) == 1 else 'are'} passed over.",
+            f"{root} holds pictures, so tensors in it are passed over: {count(n_passed, 'file')}, "
+            f"such as {one_line(one)}.",
             stacklevel=2,
         )
 

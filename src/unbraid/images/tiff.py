@@ -33,9 +33,7 @@ _NEEDED = 'install what reads them, pip install "unbraid[tiff]", and start again
 
 _Tags = dict[int, Any]  # of a page, None where it lacks one
 
-SWITCH = (
-    threading.Lock()
-)  # of filters of warnings and of Pillow's switches, which all threads share
+SWITCH = threading.Lock()  # of filters of warnings and Pillow's switches, which threads share
 
 
 def holds_bands(path: str) -> bool | None:
