@@ -50,8 +50,8 @@ def place(tmp_path_factory):
     for kind in SHAPES:
         if kind == "tif" and not HAS_TIFF:
             continue
-        write(folder / kind / "train", kind, 6)
-        write(folder / kind / "val", kind, 3)
+        write(folder / kind / "train", kind, 10)
+        write(folder / kind / "val", kind, 4)
     return folder
 
 
