@@ -17,13 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from unbraid.base.errors import (
-    DataError,
-    OutOfReach,
-    brief,
-    is_of_file,
-    out_of_reach,
-)
+from unbraid.base.errors import DataError, OutOfReach, brief, is_of_file, out_of_reach
 from unbraid.base.tables import count, one_line
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.labels import NO_LABELS, Classes, Reading, reading_of, show_names

@@ -118,7 +118,7 @@ def read_bands(path: str) -> Tensor:
         tags = _read_tags(opened)
     is_stack = len(tags) > 1 and _is_stack(tags[0])
     # What a text in it names may be any file, a pipe too, so no other one is opened.
-    alone = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
+    alone: dict[str, Any] = {"_multifile": False, "is_mmstack": False, "is_ndtiff": False}
     with _quiet(), tifffile.TiffFile(path, **alone) as file:
         first = file.pages[0]
         part: Any = file.series[0] if is_stack else first
