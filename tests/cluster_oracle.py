@@ -41,64 +41,51 @@ def settle(points: Sequence[Tensor], centres: Sequence[Tensor]) -> list[Tensor]:
     return list(centres)
 
 
-def nearest_of_others(points: Sequence[Tensor], own: Sequence[int], k: int) -> list[int]:
-    """The nearest of k clusters to each point, of which its own is taken without the point."""
-    found = []
-    for n, point in enumerate(points):
-        means = []
-        for cluster in range(k):
-            rows = [p for m, p in enumerate(points) if own[m] == cluster and m != n]
-            total = sum(rows, torch.zeros_like(point))
-            means.append(total / total.norm() if total.norm() > 0 else total)
-        found.append(nearest(point / point.norm() if point.norm() > 0 else point, means))
-    return found
-
-
-def held(points: Sequence[Tensor], centres: Sequence[Tensor]) -> list[int]:
-    """How many points are alike to each cluster without themselves."""
-    own = [nearest(point, centres) for point in points]
-    counts = Counter(nearest_of_others(points, own, len(centres)))
-    return [counts[k] for k in range(len(centres))]
+def halves(things: Sequence[Tensor], seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    order = torch.randperm(len(things), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [things[n] for n in order[::2]], [things[n] for n in order[1::2]]
 
 
 def cover(points: Sequence[Tensor]) -> list[Tensor]:
-    """Centres where points are dense that no centre has, as many as cover most points."""
+    """Centres where points are dense that no centre has, as many as cover most unseen points."""
+    half, rest = halves(points)
     tried: list[Tensor] = []
     best: tuple[int, list[Tensor]] = (0, [])
     for _ in range(8):
-        free = [p for p in points if nearest(p, tried) < 0]
+        free = [p for p in half if nearest(p, tried) < 0]
         if not free:
             break
         density = [sum(max(float((p * q).sum()), 0) ** 4 for q in free) for p in free]
-        tried = settle(points, [*tried, free[density.index(max(density))]])
-        counts = held(points, tried)
-        large = [k for k in range(len(tried)) if counts[k] >= 8]
+        tried = settle(half, [*tried, free[density.index(max(density))]])
+        counts = Counter(nearest(p, tried) for p in rest)
+        large = [k for k in range(len(tried)) if counts[k] >= 4]
         n_covered = sum(counts[k] for k in large)
         if n_covered > best[0]:
             best = (n_covered, [tried[k] for k in large])
     centres = settle(points, best[1])
-    counts = held(points, centres)
+    counts = Counter(nearest(p, centres) for p in points)
     order = sorted(range(len(centres)), key=lambda k: -counts[k])
     return [centres[k] for k in order if counts[k] >= 8]
 
 
 def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
-    """Centres of images, and the lowest cosine of their ARVs.
+    """Centres of one half of the images, which are taken by responses; the lowest cosine of ARVs of the other half.
 
-    An ARV is of inputs by which its images were not put into the cluster, and no image is compared
-    with a centre of its own making.
+    An ARV is of inputs by which its images were not put into the cluster.
     """
-    points = [direction(a, origin) for a in relevance]
-    centres = cover(points)
-    member = [nearest(point, centres) for point in points]
+    ranked = sorted(range(len(relevance)), key=lambda n: float(relevance[n].sum()))
+    relevance = torch.stack([relevance[n] for n in ranked])
+    half, rest = halves(list(relevance))
+    centres = cover([direction(a, origin) for a in half])
     inputs = torch.randperm(len(origin), generator=torch.Generator().manual_seed(1))
     arvs = [torch.zeros_like(origin) for _ in centres]
     kept = set(range(len(centres)))
     for seen, unseen in ((inputs[::2], inputs[1::2]), (inputs[1::2], inputs[::2])):
-        own = nearest_of_others([point[seen] for point in points], member, len(centres))
+        parts = [centre[seen] / centre[seen].norm() for centre in centres]
+        own = [nearest(direction(a[seen], origin[seen]), parts) for a in rest]
         for k in range(len(centres)):
-            images = [a[unseen] for a, n in zip(relevance, own, strict=True) if n == k]
-            if len(images) < 8:
+            images = [a[unseen] for a, n in zip(rest, own, strict=True) if n == k]
+            if len(images) < 4:
                 kept.discard(k)
             if images:
                 arvs[k][unseen] = sum(images) / len(images)
@@ -115,7 +102,6 @@ def denser(relevance: Tensor, origin: Tensor) -> bool:
 
     Sums of the images' deviations with normal weights are such.
     """
-    relevance = torch.stack(sorted(relevance, key=lambda a: float(a.sum())))
     mean, n = relevance.mean(0), len(relevance)
     weights = torch.randn(n, n, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     cloud = [

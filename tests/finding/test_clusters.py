@@ -87,7 +87,7 @@ def test_the_order_of_points_does_not_matter(period):
 
 @pytest.mark.parametrize("noise", [1.4, 1.7, 2.0])
 def test_images_on_the_verge_of_groups_go_to_the_same_ones_in_any_order(noise):
-    """Where halves of the images decided, thin evidence fell out otherwise in another order."""
+    """Where places in the data set made the halves, thin evidence fell out otherwise."""
     points, _ = groups_of((120, 90, 60), noise=noise, seed=5)
     nearest, cosine = divide(points)
     assert len(set(nearest.tolist())) > 2

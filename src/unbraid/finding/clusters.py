@@ -37,7 +37,7 @@ _FEW_PLACES = 500  # of a channel, in which clusters that are there are seldom f
 ALIKE = 0.45  # smallest cosine of an image with the centre of its cluster
 _SHARPNESS = 4  # power of the cosines that make up a density
 _MOST_CLUSTERS = 8  # of a channel
-_SMALLEST = 8  # images of a cluster
+_SMALLEST = 8  # images of a cluster, half of them not seen when its centre was made
 _N_RENEWALS = 8
 _LOCAL = 8  # power of the cosines that tell how densely images lie
 _DENSER = 1.25  # at least, how much denser than a normal cloud
@@ -253,24 +253,26 @@ def _gather(scan: Scan, chosen: Mapping[int, Tensor]) -> dict[int, tuple[Tensor,
 def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
     """Centres of clusters of images (N, C), and the lowest cosine of two clusters' ARVs.
 
-    Centres are (K, C). ARVs are only of input channels by which an image was not put into its
-    cluster, and no image is compared with a mean that it is part of; so noise, which no two
-    input channels share, has ARVs that are alike. Noise that they share need not have: so where
-    images lie hardly denser than in a normal cloud, the cosine is 1. No step asks for the order of
-    images.
+    Centres (K, C) are made of every other image, ARVs of the rest, and only of input channels by
+    which an image was not put into its cluster; so noise, which no two input channels share, has
+    ARVs that are alike. Noise that they share need not have: so where images lie hardly denser than
+    in a normal cloud, the cosine is 1. The order of images counts for nothing but ties.
     """
-    points = directions(relevance, origin)
-    centres = cover(points)
-    member = nearest_centres(points, centres)
+    # By responses first, so that halves are the same in any order of the data set.
+    relevance = relevance[relevance.sum(1).argsort(stable=True)]
+    order = torch.randperm(len(relevance), generator=torch.Generator().manual_seed(0))
+    half, rest = relevance[order[::2]], relevance[order[1::2]]
+    centres = cover(directions(half, origin))
     arvs, counts = torch.zeros_like(centres), torch.zeros(2, len(centres), dtype=torch.int64)
     inputs = torch.randperm(relevance.shape[1], generator=torch.Generator().manual_seed(1))
     for k, (own, others) in enumerate(((inputs[::2], inputs[1::2]), (inputs[1::2], inputs[::2]))):
-        nearest = _nearest_others(points[:, own], member, len(centres))
+        points = directions(rest[:, own], origin[own])
+        nearest = nearest_centres(points, F.normalize(centres[:, own], dim=1))
         for cluster in range(len(centres)):
             images = nearest == cluster
             counts[k, cluster] = images.sum()
-            arvs[cluster, others] = relevance[images][:, others].mean(0)
-    kept = (counts >= _SMALLEST).all(0)
+            arvs[cluster, others] = rest[images][:, others].mean(0)
+    kept = (counts >= _SMALLEST / 2).all(0)
     lowest = float(cosines_of(arvs[kept]).min()) if kept.any() else 1.0
     if lowest < 1 and not is_denser(relevance, origin):
         lowest = 1.0
@@ -279,8 +281,6 @@ def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
 
 def is_denser(relevance: Tensor, origin: Tensor) -> bool:
     """Whether images (N, C) lie denser than one normal cloud of their mean and covariance."""
-    # In the order of responses, so that the cloud is the same in any order of the data set.
-    relevance = relevance[relevance.sum(1).argsort(stable=True)]
     mean, generator = relevance.mean(0), torch.Generator().manual_seed(2)
     size = (len(relevance), len(relevance))
     mix = torch.randn(size, generator=generator, dtype=torch.float64) / len(relevance) ** 0.5
@@ -310,21 +310,23 @@ def nearest_centres(points: Tensor, centres: Tensor) -> Tensor:
 def cover(points: Tensor) -> Tensor:
     """Centres (K, D), largest cluster first, of clusters of unit vectors (N, D).
 
-    The point around which most lie that no centre has yet becomes a centre, and all centres move to
-    the mean direction of the points alike to them; and so on. A point counts for a centre only if
-    it is alike to the mean of the others. The number of centres is that which covers most.
+    Of every other point, one around which most lie that no centre has yet becomes a centre, and all
+    centres move to the mean direction of the points alike to them; and so on. Counted is what is
+    alike to a centre among the other half. The number of centres is that which covers most.
     """
-    density = (points @ points.T).clamp(min=0) ** _SHARPNESS
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(0))
+    half, rest = points[order[::2]], points[order[1::2]]
+    density = (half @ half.T).clamp(min=0) ** _SHARPNESS
     tried = centres = points[:0]
     best = 0
     for _ in range(_MOST_CLUSTERS):
-        free = nearest_centres(points, tried) < 0
+        free = nearest_centres(half, tried) < 0
         if not free.any():
             break
         densest = (density[:, free].sum(1) * free).argmax()
-        tried = _renew(points, torch.cat([tried, points[densest, None]]))
-        counts = _counts(points, tried)
-        large = counts >= _SMALLEST
+        tried = _renew(half, torch.cat([tried, half[densest, None]]))
+        counts = _counts(rest, tried)
+        large = counts >= _SMALLEST / 2
         if counts[large].sum() > best:
             best, centres = int(counts[large].sum()), tried[large]
     centres = _renew(points, centres)
@@ -334,26 +336,8 @@ def cover(points: Tensor) -> Tensor:
 
 
 def _counts(points: Tensor, centres: Tensor) -> Tensor:
-    """How many points are alike to each cluster without themselves, (K,)."""
-    nearest = _nearest_others(points, nearest_centres(points, centres), len(centres))
-    return (nearest + 1).bincount(minlength=len(centres) + 1)[1:]
-
-
-def _nearest_others(points: Tensor, member: Tensor, n_clusters: int) -> Tensor:
-    """The cluster whose mean direction is nearest to each vector, (N,), -1 where none is alike.
-
-    The mean of a vector's own cluster, `member`, is taken without it.
-    """
-    if not n_clusters:
-        return member
-    own = member >= 0
-    sums = points.new_zeros(n_clusters, points.shape[1]).index_add_(0, member[own], points[own])
-    unit = F.normalize(points, dim=1)
-    cosines = unit @ F.normalize(sums, dim=1).T
-    others = F.normalize(sums[member[own]] - points[own], dim=1)
-    cosines[own, member[own]] = (unit[own] * others).sum(1)
-    nearness, nearest = cosines.max(1)
-    return torch.where(nearness >= ALIKE, nearest, -1)
+    """How many points are alike to each centre, and nearest to it, (K,)."""
+    return (nearest_centres(points, centres) + 1).bincount(minlength=len(centres) + 1)[1:]
 
 
 def _renew(points: Tensor, centres: Tensor) -> Tensor:
