@@ -69,9 +69,9 @@ def cover(points: Sequence[Tensor]) -> list[Tensor]:
 
 
 def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
-    """Centres of one half of the images, which are taken by responses; the lowest cosine of ARVs of the other half.
+    """Centres of one half of the images; the lowest cosine of ARVs of the other half.
 
-    An ARV is of inputs by which its images were not put into the cluster.
+    Halves are of images in the order of responses. An ARV is of inputs by which its images were not put into the cluster.
     """
     ranked = sorted(range(len(relevance)), key=lambda n: float(relevance[n].sum()))
     relevance = torch.stack([relevance[n] for n in ranked])

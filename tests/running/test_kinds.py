@@ -192,13 +192,14 @@ def test_a_network_goes_from_scan_to_page(name, with_target, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ssdlite", "faster r-cnn"])
-def test_images_of_different_sizes_are_taken_one_by_one(name, tmp_path):
+def test_images_of_different_sizes_are_taken_as_one_by_one(name, tmp_path):
     kind = KINDS[name]
     network, dataset = network_of(kind), images_of(kind, 4)
     dataset.images = [image[:, : 64 - 8 * k] for k, image in enumerate(dataset.images)]
-    with pytest.raises(unbraid.UnbraidError, match="use batch_size=1"):
-        unbraid.scan(network, kind.layer, dataset, tmp_path / "a", target=None, batch_size=2)
-    scan = unbraid.scan(network, kind.layer, dataset, tmp_path, target=None, batch_size=1)
+    together = unbraid.scan(network, kind.layer, dataset, tmp_path / "a", target=None, batch_size=2)
+    scan = unbraid.scan(network, kind.layer, dataset, tmp_path / "b", target=None, batch_size=1)
+    pooled = [torch.cat(list(own.columns("pooled"))) for own in (together, scan)]
+    assert torch.equal(*pooled)
     changed = unbraid.apply(
         network, unbraid.split(scan, unbraid.find(scan, images={1: [[0, 1], [2, 3]]}))
     )
