@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from torchvision import models
 
@@ -120,6 +121,11 @@ class Place:
         load_images("test").picture(0).save(folder / "photo.png")
         self._write_tensors("sounds", "Conv1d", (1, 2000), ("bell", "drum"))
         self._write_tensors("fields", "Conv2d", (6, 16, 16), ("maize", "wheat"))
+        self._write_tensors("satellite", "Conv2d", (13, 16, 16), ("maize", "wheat"))
+        for file in (folder / "satellite").rglob("*.npy"):  # bands last, as GDAL writes them
+            bands = {"photometric": "minisblack", "planarconfig": "contig"}
+            tifffile.imwrite(file.with_suffix(".tif"), np.load(file).transpose(1, 2, 0), **bands)
+            file.unlink()
         hub = folder / "torch/hub/checkpoints"
         hub.mkdir(parents=True)
         torch.save(models.resnet50().state_dict(), hub / "random")
