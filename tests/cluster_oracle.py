@@ -71,7 +71,8 @@ def cover(points: Sequence[Tensor]) -> list[Tensor]:
 def find_clusters(relevance: Tensor, origin: Tensor) -> tuple[Tensor, float]:
     """Centres of one half of the images; the lowest cosine of ARVs of the other half.
 
-    Halves are of images in the order of responses. An ARV is of inputs by which its images were not put into the cluster.
+    Halves are of images in the order of responses. An ARV is of inputs by which its images were not
+    put into the cluster.
     """
     ranked = sorted(range(len(relevance)), key=lambda n: float(relevance[n].sum()))
     relevance = torch.stack([relevance[n] for n in ranked])
