@@ -126,7 +126,7 @@ def test_the_layers_of_a_network_for_signals_come_without_a_word_on_pictures(pla
     model = f"{place}/own.py:signals"
     with pytest.raises(CannotRun, match="images of its own by --data"):
         unbraid("layers", model)
-    unbraid("layers", model, "--data", f"{place}/own.py:some_signals")
+    unbraid("layers", model, "--data", f"{place}/own.py:some_signals/val")
     assert "ImageNet" not in capsys.readouterr().err
 
 
