@@ -10,7 +10,7 @@ it is. It scans the pictures of DIR/train and DIR/val (folders of classes) as th
 the middle half of a picture to the left of that of another. From the same scan, whole images and
 places then find the planted channels by clusters and split them. `maps` does the same on the input
 maps of scans with positions, which takes no network: those of two pictures are pasted. Figures for
-docs/places.md; needs what lite0.py names.
+docs/evidence-places.md; needs what lite0.py names.
 """
 
 from __future__ import annotations

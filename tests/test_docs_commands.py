@@ -6,6 +6,8 @@ import shutil
 import tomllib
 
 import pytest
+import timm
+import torch
 
 from command_place import LEFT_OUT, Place
 from documents import PAGES, ROOT, Command, commands
@@ -38,6 +40,15 @@ def check_options(words):
     assert {word for word in words[2:] if word.startswith("--")} <= options_of(words[1])
 
 
+def check_layer(words):
+    """A run of a network of timm that takes too long: its options, and that the layer is there."""
+    check_options(words)
+    name = words[words.index("--model") + 1].removeprefix("timm:")
+    with torch.device("meta"):
+        network = timm.create_model(name)
+    network.get_submodule(words[words.index("--layer") + 1])
+
+
 def check_names(words):
     """A command that the text only mentions is there, and so are its options."""
     if words[0] == "unbraid":
@@ -53,6 +64,7 @@ LOOKED_AT = {
     "python -m pytest ": check_files,  # is what runs this test
     "pytest ": check_files,
     "unbraid explore ": check_options,
+    "unbraid run --model timm:vit_small_patch14_reg4_dinov2 ": check_layer,  # minutes, a download
     "python benchmarks/": check_files,  # takes minutes to hours and gigabytes
     "python tools/ranges.py ": check_files,  # downloads gigabytes
     "python examples/": check_files,  # test_walkthrough.py and test_steering.py run them
