@@ -116,6 +116,8 @@ def test_run_measures_on_a_sample_and_tells_what_it_left_out(small, tmp_path, mo
     assert "Switching off only 2 channels of" in said
     assert "those with the lowest cosines; --all takes all." in said
     assert said.count("with positions, for the published rule; --all takes all of concepts.") == 1
+    # Images that are both shown and drawn leave fewer than there might be.
+    assert said.count("with positions; --all takes all of concepts.") == 1
     assert (evaluation.output.n_images, evaluation.output.max_abs_logit_diff) == (12, 0)
     assert len(evaluation.ablation.channels) == 2
     assert {one.n_images for one in evaluation.semantics.channels.values()} == {12}
