@@ -15,9 +15,8 @@ import unbraid
 from explored import NAMES, logits_by_hand, open_own
 from unbraid.base.errors import DataError, UnbraidError, UsageError
 from unbraid.cli.look import explain
-from unbraid.exploring import explorer as explorer_module
 from unbraid.exploring.bench import findings_of, lay_out, measure
-from unbraid.exploring.explorer import HAND, RUN, SAVED, Kept, open_explorer
+from unbraid.exploring.explorer import HAND, RUN, SAVED, open_explorer
 from unbraid.measuring.reference_images import reference_images
 from unbraid.scanning.targets import read_target
 
@@ -423,29 +422,3 @@ def test_a_pictures_file_is_small_and_cut_as_the_network_sees_it(explorer):
     content, kind = explorer.picture_file("val/0", 192)
     assert kind == "image/png"
     assert Image.open(io.BytesIO(content)).size == (28, 28)
-
-
-def test_of_many_things_the_latest_are_kept(explorer):
-    kept = Kept(2)
-    for name in "ab":
-        kept.put(name, name.upper())
-    assert kept.made("a", lambda: "anew") == "A"  # so b is the oldest now
-    kept.put("c", "C")
-    assert [kept.get(name) for name in "abc"] == ["A", None, "C"]
-    own = {name: one._most for name, one in vars(explorer).items() if isinstance(one, Kept)}
-    assert len(own) > 5
-    assert max(own.values()) <= 1024
-    assert own["_networks"] <= 3
-    assert own["_dropped"] <= 64
-
-
-def test_the_bench_takes_no_more_of_the_strongest_than_the_bound(explorer, monkeypatch):
-    monkeypatch.setattr(explorer_module, "_MOST_LAID", 10)
-    undivided = next(
-        c
-        for c in range(explorer.opened.train_scan.layer.n_out)
-        if c not in explorer.opened.run.found.concepts
-    )
-    for n, n_laid, more in ((4, 4, True), (10, 10, False), (10**6, 10, False)):
-        laid = explorer.bench(RUN, undivided, n)
-        assert (len(laid["images"]), laid["more"]) == (n_laid, more)

@@ -17,8 +17,8 @@ from unbraid.base.tables import count
 from unbraid.measuring.evaluate import intervals
 from unbraid.measuring.reference_images import ALIKE, reference_images
 from unbraid.reporting import channel as channel_module
-from unbraid.reporting import pictures, view
 from unbraid.reporting import report as report_module
+from unbraid.reporting import view
 from unbraid.reporting.words import ABSENT, number, percent, significant
 
 
@@ -275,36 +275,6 @@ def test_report_leaves_out_channels_beyond_its_limits(run, write, monkeypatch, l
     listed = {int(row[0]) for row in read(page).all("table", "overview")[0].rows("th")}
     assert set(lowest) <= listed < set(concepts)
     assert f"The list of channels has {len(listed)} of {len(concepts)}" in notes(page)
-
-
-def test_report_has_no_more_rows_of_pictures_thumbnails_and_names_than_the_bounds(
-    run, write, monkeypatch
-):
-    first, *others = run.split.channels
-    assert others
-    taken, take = [], report_module.take_pictures
-    monkeypatch.setattr(
-        report_module, "take_pictures", lambda *own: taken.append(take(*own)) or taken[-1]
-    )
-    write()
-    for name in ("_MOST_THUMBS", "_MOST_CIRCUITS"):
-        monkeypatch.setattr(pictures, name, 1)
-    monkeypatch.setattr(report_module, "_MAX_CHIPS", 1)
-    monkeypatch.setattr(report_module, "_MAX_WORDS", 5)
-    few = read(write())
-    for kind in ("thumbs", "nodes"):
-        channels = [{place[0] for place in getattr(own, kind)} for own in taken]
-        assert len(channels[0]) > 1
-        assert channels[1] == {min(channels[0], key=[*sections(write())].index)}
-    for row in few.all("table", "overview")[0].all("tbody")[0].all("tr"):
-        n_more = len(run.found.concepts[int(row.attributes["data-channel"])]) - 1
-        assert len(row.all("span", "chip")) == 1
-        assert f"and {n_more} more" in row.text
-        assert len(row.attributes["data-names"]) == 5
-    monkeypatch.setattr(view, "MAX_ROWS", 1 + len(first.concepts))
-    page = write()
-    assert len(sections(page)) == 1
-    assert f"only the 1 channel with the lowest cosines of {1 + len(others)} is" in notes(page)
 
 
 def test_sections_show_the_strongest_images_and_say_which_cannot_be_read(page, run, write):
