@@ -15,6 +15,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
+import unbraid
 from unbraid.finding.clusters import adjusted_rand_index
 from unbraid.finding.findings import Findings
 from unbraid.measuring.formulas import auroc, rms
@@ -149,21 +150,9 @@ def average(every: Iterable[OwnPart]) -> OwnPart:
 
 def known_groups(scan: Scan, truth: dict[int, Tensor]) -> Findings:
     """Findings by hand: of each channel the images or places that excite each part most."""
-    inputs = inputs_of(scan)
-    found = Findings(
-        tau=0.0,
-        p=1.0,
-        gamma=1.0,
-        pairs=(),
-        concepts={},
-        class_names=scan.class_names,
-        hint="",
-        layer=scan.layer.name,
-        weights=scan.manifest.weights,
-        scan=scan.manifest.scan_id,
-    )
-    index = torch.cat(list(scan.columns("index")))
-    for o, parts in truth.items():
-        groups = [index[own].tolist() for own in strongest(inputs @ parts.T)]
-        found = found.correct(scan, o, groups=groups)
-    return found
+    inputs, index = inputs_of(scan), torch.cat(list(scan.columns("index")))
+    groups = {
+        o: [index[own].tolist() for own in strongest(inputs @ parts.T)]
+        for o, parts in truth.items()
+    }
+    return unbraid.find(scan, images=groups)

@@ -121,4 +121,6 @@ def test_on_a_terminal_there_is_a_bar_once_a_step_takes_long(
     monkeypatch.setenv("FORCE_COLOR", "1")  # to rich a terminal
     with Progress(True).of("Fitting", 2, "channels") as advance:
         work(advance, clock, 2, seconds, 1)
-    assert ("Fitting" in capsys.readouterr().err) == shown
+    told = capsys.readouterr().err
+    assert ("Fitting" in told) == shown
+    assert ("0:00:00" in told) == shown  # left, once all is done

@@ -84,6 +84,15 @@ def test_a_mistake_is_told_in_a_sentence(served, path, body, status, message):
     assert message in json.loads(content)["error"]
 
 
+def test_a_picture_that_is_too_large_is_not_read(served, monkeypatch):
+    assert server._MOST_BYTES == 2**26
+    monkeypatch.setattr(server, "_MOST_BYTES", 1000)
+    for size, status in ((1000, 400), (1001, 413)):
+        response, content = ask(served, "POST", "/drop?name=x", b"x" * size)
+        assert response.status == status
+    assert "too large; 64 MiB are read" in json.loads(content)["error"]
+
+
 @pytest.mark.parametrize("path", ["/picture/v/96/val/0", "/picture/v/480/train/3"])
 def test_pictures_come_in_some_sizes(served, path):
     response, content = ask(served, "GET", path, headers={})

@@ -183,3 +183,9 @@ def test_agreement_is_that_of_pair_counting(seed):
         expected = oracle.adjusted_rand_index(one, second)
         assert adjusted_rand_index(one, second) == pytest.approx(expected, abs=1e-12)
         assert adjusted_rand_index(second, one) == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_channel_has_no_more_clusters_than_the_bound():
+    points, _ = groups_of((40,) * 12, noise=0.05)
+    assert len(cover(points)) == 8
+    assert len(cover(groups_of((40,) * 7, noise=0.05)[0])) == 7

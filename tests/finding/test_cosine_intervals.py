@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,11 +119,15 @@ def usual(tmp_path_factory):
 
 
 def test_shards_memory_and_the_order_of_records_do_not_matter(usual, tmp_path, monkeypatch):
+    weighted_means = cosine_intervals._weighted_means
     sizes = ((7, 1 << 30, 0), (1, 1 << 30, 1e-9), (100, 10_000, 1e-9), (100, 1, 1e-9))
     for shard_size, n_bytes, tolerance in sizes:
+        passes = Mock(wraps=weighted_means)
+        monkeypatch.setattr(cosine_intervals, "_weighted_means", passes)
         monkeypatch.setattr(cosine_intervals, "_BYTES_AT_ONCE", n_bytes)
         scan = scan_of_causes(tmp_path / f"{shard_size}-{n_bytes}", 3, shard_size=shard_size)
         assert_close(figures_in(scan), usual, tolerance)
+        assert (passes.call_count > 1) == (n_bytes < 1 << 30)
     scan = scan_of_causes(tmp_path, 3, shard_size=30)
     every = [read_shard(scan.path, shard) for shard in range(3)]
     for shard, records in enumerate(reversed(every)):

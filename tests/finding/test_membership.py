@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import replace
 from types import MappingProxyType
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -45,7 +46,11 @@ def assert_top(top, case, channel, n_top=1000):
 def test_top_images_are_those_of_brute_force_whatever_the_memory(n_top, n_bytes, case, monkeypatch):
     monkeypatch.setattr(clusters, "_BYTES_AT_ONCE", n_bytes)
     monkeypatch.setattr(clusters, "_N_TOP", n_top)
+    gather = Mock(wraps=clusters._gather)
+    monkeypatch.setattr(clusters, "_gather", gather)
     found = dict(clusters.top_images(case.scan))
+    n_channels = case.scan.layer.n_out
+    assert gather.call_count == (1 if n_bytes > 1 else n_channels)
     assert list(found) == list(range(case.scan.layer.n_out))
     for channel, top in found.items():
         assert_top(top, case, channel, n_top)

@@ -14,7 +14,9 @@ from checks import assert_agrees_with_find, assert_sensitivity, assert_tau_chose
 from handmade import random_shares, scan_of_causes, write_scan
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import UsageError
+from unbraid.base.progress import QUIET
 from unbraid.demo.network import LAYER, DemoNet, load_images, load_network
+from unbraid.finding import thresholds
 from unbraid.finding.arv import class_cosines, class_sums, cosines_of
 from unbraid.finding.sensitivity import GAMMAS, PS, TAUS, Cell, Sensitivity
 from unbraid.scanning import records
@@ -300,3 +302,16 @@ def test_sensitivity_in_print_and_files(tmp_path):
     head, *rows = csv.reader((tmp_path / "new" / "sensitivity.csv").read_text().splitlines())
     assert head == list(small.to_pandas().columns) == list(vars(cells[0]))
     assert [tuple(map(float, row)) for row in rows] == [tuple(vars(c).values()) for c in cells]
+
+
+def test_sums_of_only_so_many_taus_are_held_at_a_time(tmp_path, monkeypatch):
+    scan = write_scan(tmp_path, shares=random_shares(40, 30), labels=[n % 4 for n in range(40)])
+    taus, held, sums_of = [0.05, 0.04, 0.03, 0.02, 0.01], [], thresholds.class_sums
+    monkeypatch.setattr(
+        thresholds, "class_sums", lambda *own, **more: held.append(own[1]) or sums_of(*own, **more)
+    )
+    for n, portions in ((10, [taus]), (2, [taus[:2], taus[2:4], taus[4:]])):
+        held.clear()
+        monkeypatch.setattr(thresholds, "_COUNTS_AT_ONCE", n * 4 * 30 + 1)
+        assert [tau for tau, *_ in thresholds._lower(scan, taus, 0.5, QUIET)] == taus
+        assert held == portions

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-CODE = """
+NETWORKS = """
 import torch
 from torch import nn
 
@@ -17,7 +17,8 @@ def made(conv, n):
     torch.manual_seed(0)
     layers = (conv(n, 4, 3), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), Mean(), nn.Linear(4, 3))
     return nn.Sequential(*layers).eval()
-
+"""
+CODE = f"""{NETWORKS}
 def unscaled(tensor):
     assert tensor.dtype == torch.uint16
     return tensor.float() / 1000 - 8

@@ -114,6 +114,16 @@ def test_an_input_that_feeds_by_being_below_zero_shows_where_it_is_lowest(case):
     assert min(mean) >= 0  # behind a ReLU
 
 
+def test_a_circuit_is_followed_on_no_more_images_than_asked_and_tells_how_far_it_is(calls, capsys):
+    every = call(calls["circuit_from"], progress=True)
+    n_images = int(capsys.readouterr().err.split(" of ")[1].split(",")[0])
+    assert n_images > 2
+    few = call(calls["circuit_from"], n_images=2, progress=True)
+    n_few = int(capsys.readouterr().err.removeprefix("Following the circuit: ").split(" of ")[0])
+    assert 0 < n_few <= 2
+    assert few.sources != every.sources
+
+
 def test_circuits_through_layers_join(calls):
     _, arguments = calls["circuit_from"]
     before, split, scan = (arguments[name] for name in ("before", "split", "scan"))

@@ -11,6 +11,7 @@ import unbraid
 from checks import assert_close, assert_untouched, snapshot
 from tiny_networks import SyntheticImages, WithBroken
 from unbraid.base.errors import DataError, ModelError, OutputChangedError, UsageError
+from unbraid.measuring.before_after import compare_before_after
 
 
 def nudged(network, name, by):
@@ -38,6 +39,24 @@ def test_compare_outputs_counts_over_all_images(batch_size, pair):
     assert_close(result.top1_agreement, same.double().mean())
     assert result.top1_before == accuracy(network, dataset)
     assert result.top1_after == accuracy(other, dataset)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_passes_over_images_tell_how_far_they_are_only_if_asked(asked, pair, capsys):
+    dataset, told = SyntheticImages(5), {}
+    for title, work in {
+        "Comparing outputs": lambda: unbraid.compare_outputs(
+            pair.network, pair.changed, dataset, progress=asked
+        ),
+        "Switching channels off": lambda: unbraid.ablate(pair.changed, dataset, progress=asked),
+        "Before and after": lambda: compare_before_after(
+            pair.network, pair.changed, dataset, progress=asked
+        ),
+    }.items():
+        work()
+        told[title] = capsys.readouterr().err
+    assert all((f"{title}: 5 of 5" in own) == asked for title, own in told.items())
+    assert asked or set(told.values()) == {""}
 
 
 def test_compare_outputs_passes_the_plain_form_and_an_unused_part(pair):

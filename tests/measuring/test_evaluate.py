@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -140,7 +141,10 @@ def test_evaluate_a_scan_of_some_images_needs_one_of_all(some, case, case_of, tm
 @pytest.mark.parametrize("n_bytes", [1, 13 * 8 * 5 * 2])
 def test_evaluate_over_all_images_goes_by_portions(n_bytes, case, monkeypatch):
     monkeypatch.setattr(evaluate, "_MAX_BYTES", n_bytes)  # of one channel, of two
+    respond = Mock(wraps=evaluate._respond_to_all)
+    monkeypatch.setattr(evaluate, "_respond_to_all", respond)
     assert_over_all(unbraid.evaluate(case.split, case.scan), case.split, case.truth)
+    assert max(len(call.args[1]) for call in respond.call_args_list) == (1 if n_bytes == 1 else 2)
 
 
 def test_evaluate_loses_no_channel_without_a_word(case, monkeypatch):
@@ -244,7 +248,10 @@ def test_resampled_measures_are_those_of_the_repeated_images(step, responses):
 @pytest.mark.parametrize("n_at_a_time", [7, 200])
 def test_intervals_are_percentiles_of_many_draws(n_at_a_time, responses, monkeypatch):
     monkeypatch.setattr(evaluate, "_MAX_CELLS", n_at_a_time * 60)
+    draw = Mock(wraps=evaluate._draw)
+    monkeypatch.setattr(evaluate, "_draw", draw)
     found = evaluate.intervals(responses)
+    assert max(call.args[1] for call in draw.call_args_list) == n_at_a_time
     assert found == evaluate.intervals(responses)
     z, new, concept = responses.original, responses.concepts, responses.concept
     chosen = draws(responses, 600)

@@ -302,3 +302,13 @@ def test_charts_say_what_they_show(page, run):
     for text, other in ((page, wrong), (swapped, run)):
         with pytest.raises(AssertionError):
             assert_spoken(text, other)
+
+
+def test_densities_are_of_no_more_values_than_the_bound(run, monkeypatch):
+    part, estimate, sizes = run.split.channels[0], channel_module.density, []
+    monkeypatch.setattr(channel_module, "_MAX_VALUES", 10)
+    monkeypatch.setattr(
+        channel_module, "density", lambda x, grid: sizes.append(len(x)) or estimate(x, grid)
+    )
+    channel_module.densities(run.evaluation.responses[part.channel])
+    assert 10 <= max(sizes) < 2 * 10

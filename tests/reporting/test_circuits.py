@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 import unbraid
-from pages import HOSTILE, read, sections, shots
+from pages import HOSTILE, notes, read, sections, shots
 from unbraid.base.errors import UsageError
 from unbraid.measuring.circuit_graph import CircuitGraph, Node, NodeImage
 from unbraid.reporting.circuits import edges_from
@@ -60,7 +60,11 @@ def test_a_circuit_through_an_earlier_layer_is_shown_whatever_its_names(run, wri
     assert HOSTILE[0] in through.text
     (line,) = through.all("path", "against")
     assert "-50.0%" in line.text.replace("\N{MINUS SIGN}", "-")
-    assert len(sections(write())[channel].all("figure", "circuit")) == 1
+    told = f"Circuits through an earlier layer are shown of 1 of {len(run.split.channels)} channels"
+    assert told in notes(text)
+    without = write()
+    assert "Circuits through" not in notes(without)
+    assert len(sections(without)[channel].all("figure", "circuit")) == 1
 
 
 @pytest.mark.parametrize("change", [{"channel": 99}, {"layer": "elsewhere"}])

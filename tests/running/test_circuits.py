@@ -7,6 +7,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from torch import nn
 
 import unbraid
 from pages import sections
@@ -207,3 +208,15 @@ def test_circuits_left_out_are_told_with_the_command_that_follows_them(out, tmp_
         f"Following 1 circuit of mix through earlier layers, those of {n_found} with the lowest "
         f"cosines; `unbraid circuit '{copy / 'mix'}' --channel N` follows another."
     ]
+
+
+def test_a_run_follows_circuits_on_few_images_and_tells_how_far_it_is(monkeypatch):
+    way = Mock()
+    way.return_value.follow.return_value = []
+    monkeypatch.setattr(module, "Through", way)
+    monkeypatch.setattr(module, "_further", Mock(return_value={5: []}))
+    monkeypatch.setattr(module, "circuit_graphs", Mock(return_value=["drawn"]))
+    asked = (Mock(), [Mock()], {5: []}, nn.Module(), some_images("test"), {5: 3})
+    assert module.through_earlier(*asked) == {5: "drawn"}
+    assert module.N_IMAGES in way.call_args.args
+    assert way.return_value.follow.call_args.kwargs == {"progress": True}

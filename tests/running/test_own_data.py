@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from tensor_folders import NETWORKS
 
 from unbraid.base.errors import CannotRun, DataError, UsageError
 from unbraid.cli import app
@@ -11,24 +12,13 @@ from unbraid.exploring.opened import open_run
 from unbraid.networks.given import as_batch
 from unbraid.running.finished import Run
 
-CODE = """
-import torch
-from torch import nn
+CODE = f"""{NETWORKS}
 from tiny_networks import SyntheticImages
 
 def images(shape, n):
     made = SyntheticImages(n, n_classes=3, size=shape, seed=n, dtype=torch.float32)
     made.classes = ['<b>"one"', "two\\n", "🐋"]
     return made
-
-class Mean(nn.Module):
-    def forward(self, x):
-        return x.flatten(2).mean(2)
-
-def made(conv, n):
-    torch.manual_seed(0)
-    layers = (conv(n, 4, 3), nn.ReLU(), conv(4, 4, 3), nn.ReLU(), Mean(), nn.Linear(4, 3))
-    return nn.Sequential(*layers).eval()
 
 def bands():
     return made(nn.Conv2d, 5)

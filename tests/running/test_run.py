@@ -15,7 +15,7 @@ from torch import nn
 
 import unbraid
 from tiny_networks import SyntheticImages
-from unbraid.base import files
+from unbraid.base import files, progress
 from unbraid.base.errors import ModelError, RunError, UsageError
 from unbraid.running import finished, measures
 from unbraid.running import run as running
@@ -364,3 +364,27 @@ def test_run_tells_visualisations_left_out(out, monkeypatch):
     assert (len(made.channels), made.left_out) == (1, len(Run(out).found.channels) - 1)
     assert said[-1].startswith("Visualised only the 1 channel with the lowest cosines, for lack of")
     assert "unbraid.visualize in Python makes the others" in said[-1]
+
+
+def test_every_step_of_a_run_that_can_take_long_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "PATIENCE", 0.0)
+    monkeypatch.setattr(running, "visualize", partial(making.visualize, steps=1))
+    run(tmp_path, features=True)
+    told = capsys.readouterr().err
+    for title in (
+        "Scanning 2: 48 of 48",
+        "Scanning 2: 24 of 24",
+        "Reading the scan: 48 of 48",
+        "Judging chance: ",
+        "Looking for what else excites channels: 48 of 48",
+        "Choosing the penalty: ",
+        "Choosing silence: ",
+        "Splitting: ",
+        "How usual responses are: ",
+        "Choosing rho: ",
+        "Comparing outputs, switching channels off: 24 of 24",
+        "Reading responses: 24 of 24",
+        "Measuring: ",
+        "Visualising: ",
+    ):
+        assert title in told

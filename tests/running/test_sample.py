@@ -1,6 +1,7 @@
 """What a run looks at after its scans is bounded, balanced and the same whoever draws it."""
 
 from collections import Counter
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -113,6 +114,10 @@ def test_run_measures_on_a_sample_and_tells_what_it_left_out(small, tmp_path, mo
     evaluation = done.evaluation
     assert "on a sample of 12 of 24 validation images; --all takes all." in said
     assert "Switching off only 2 channels of" in said
+    assert "those with the lowest cosines; --all takes all." in said
+    assert said.count("with positions, for the published rule; --all takes all of concepts.") == 1
+    # Images that are both shown and drawn leave fewer than there might be.
+    assert said.count("with positions; --all takes all of concepts.") == 1
     assert (evaluation.output.n_images, evaluation.output.max_abs_logit_diff) == (12, 0)
     assert len(evaluation.ablation.channels) == 2
     assert {one.n_images for one in evaluation.semantics.channels.values()} == {12}
@@ -127,6 +132,8 @@ def test_run_measures_on_a_sample_and_tells_what_it_left_out(small, tmp_path, mo
         assert sum(concept.n_images for concept in channel.concepts) == n_own  # of all images
     page = done.page.read_text()
     assert "a sample of 12 of 24" in page
+    assert "The same command with --all measures all." in page
+    assert f"Only 2 of {len(done.split.channels)} channels were switched off" in page
 
 
 class Counting(nn.Module):
@@ -169,9 +176,13 @@ def test_scans_with_positions_are_made_as_the_scans_of_all_and_found_again(small
 
 
 def test_run_embeds_in_a_pass_of_its_own_where_memory_would_grow(small, tmp_path, monkeypatch):
+    passes = Mock(wraps=measures.measure_semantics)
+    monkeypatch.setattr(measures, "measure_semantics", passes)
     shared = job(tmp_path / "one", everything=True)[0].evaluation.semantics
+    assert not passes.called
     monkeypatch.setattr(measures, "MAX_EMBEDDINGS", 23)
     apart = job(tmp_path / "two", everything=True)[0].evaluation.semantics
+    assert passes.call_count == 1
     for channel, one in shared.channels.items():
         theirs = apart.channels[channel]
         assert (one.n_images, one.encoder) == (theirs.n_images, theirs.encoder)

@@ -103,6 +103,16 @@ def test_a_card_in_a_reader_of_markdown_shows_names_as_they_are(shared):
     assert "&lt;b&gt;ten&lt;/b&gt; | kinds" in page
 
 
+def test_a_card_lists_so_many_channels_and_how_many_more_there_are(run, tmp_path, monkeypatch):
+    n_channels = len(run.split.channels)
+    monkeypatch.setattr(share, "_MOST", 2)
+    share_run(run, tmp_path / "a", data_name="x", license_name="mit")
+    card = (tmp_path / "a" / CARD).read_text()
+    table = card.partition("| channel |")[2].partition("\n\n")[0]
+    assert len(table.splitlines()) == 2 + 2  # under the head and its line
+    assert f"And {n_channels - 2} more channels." in card
+
+
 def test_mistakes_are_told_and_nothing_is_written(run, tmp_path):
     with pytest.raises(UsageError, match="holds a run or scan"):
         share_run(run, run.folder)

@@ -3,6 +3,7 @@
 import re
 import warnings
 from itertools import permutations
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.demo.network import LAYER, load_images, load_network
+from unbraid.scanning import accuracy
 from unbraid.scanning.accuracy import accuracy_of, sampled_accuracy, scanned_accuracy
 
 
@@ -150,3 +152,21 @@ def test_sampled_accuracy_leaves_what_is_wrong_to_the_scan():
     assert sampled_accuracy(load_network(), Torn(), range(0, 256, 2), 32) is None
     found = sampled_accuracy(load_network(), Torn(), range(1, 256), 32)
     assert 0 < found.n_images < 15  # a few are drawn, of which those that can be read count
+
+
+def test_accuracy_is_told_of_no_more_images_orders_and_classes_than_the_bounds(monkeypatch):
+    for most, n in ((256, 256 // 16), (5, 5)):
+        monkeypatch.setattr(accuracy, "_MOST", most)
+        assert sampled_accuracy(load_network(), Demo(), range(256), 32).n_images == n
+    labels = np.arange(300) % 5
+    moved = labels, np.array([2, 3, 4, 0, 1])[labels], 5
+    assert "label 0 stood for output 2" in judge(*moved).warning
+    monkeypatch.setattr(accuracy, "_MOST_CLASSES", 4)
+    assert "stood for output" not in judge(*moved).warning
+    orders = Mock(side_effect=AssertionError)
+    monkeypatch.setattr(np.random, "default_rng", orders)
+    with pytest.raises(AssertionError):
+        judge(TWO, HALF_RIGHT, 1000)
+    monkeypatch.setattr(accuracy, "_MOST_ORDERED", 29)
+    judge(TWO, HALF_RIGHT, 1000)
+    assert orders.call_count == 1

@@ -106,3 +106,15 @@ def test_a_rough_answer_is_near_the_exact_one_and_exact_where_float32_fails(scal
             patched.setattr(box, "_ROUGH_GUESSES", 0)
             fallen_back = solve_box(gram, ridge, linear, torch.rand_like(linear), 1e-6)
         torch.testing.assert_close(fallen_back, exact, rtol=0, atol=1e-7)
+
+
+def test_the_interior_point_is_left_after_so_many_steps(monkeypatch):
+    _, _, gram, linear = random_problem(30, 12)
+    posed, made = box._Box(box.Gram(gram), 1e-2, linear), []
+    monkeypatch.setattr(box, "System", lambda *own: made.append(1) or System(*own))
+    box._interior_point(posed)
+    n_usual = len(made)
+    monkeypatch.setattr(box, "_MAX_STEPS", 3)
+    made.clear()
+    box._interior_point(posed)
+    assert len(made) == 3 < n_usual

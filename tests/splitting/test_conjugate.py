@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from unbraid.splitting import conjugate
 from unbraid.splitting.box_solver import solve_box
 from unbraid.splitting.conjugate import Common, step_in_box
 from unbraid.splitting.objective import Background, Objective
@@ -95,3 +96,22 @@ def test_counts_that_are_no_numbers_have_nothing_in_common():
     for none in (float("nan"), float("inf")):
         counts[1] = none
         assert Common.of(images, row, gram, counts) is None
+
+
+def test_a_step_takes_no_more_products_than_the_bounds(monkeypatch):
+    images, row, gram, counts = common_of(60)
+    common, n = Common.of(images, row, gram, counts), []
+    product = common.product(gram.float(), counts, [])
+    gradient, mask = torch.randn(N_TAPS).double(), torch.full((N_TAPS,), 0.5).double()
+
+    def n_products():
+        n.clear()
+        step_in_box(lambda step: n.append(1) or product(step), common.inverse, gradient, mask)
+        return len(n)
+
+    monkeypatch.setattr(conjugate, "_PART", 0.0)  # so that only the bounds end it
+    monkeypatch.setattr(conjugate, "_GUESSES", 1)
+    monkeypatch.setattr(conjugate, "_MOST_TURNS", 5)
+    assert n_products() > 2
+    monkeypatch.setattr(conjugate, "_MOST_TURNS", 2)
+    assert n_products() == 2

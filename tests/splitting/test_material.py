@@ -7,7 +7,7 @@ import unbraid
 from checks import assert_same_split
 from tiny_networks import SyntheticImages, build
 from unbraid.base import progress
-from unbraid.splitting import material, silence
+from unbraid.splitting import cross_validation, least_squares, material, quantiles, silence
 
 OWN = {1: [[0], [1]], 4: [[0, 1], [2]], 5: [[0], [1], [2]]}
 
@@ -70,12 +70,18 @@ def test_split_and_find_tell_how_far_they_are_only_if_asked(case, monkeypatch, c
         "Reading the scan: 300 of 300",
         "Judging chance: 300 of 300",
         "Looking for what else excites channels: 300 of 300",
+        "Choosing the penalty: ",
+        "Choosing silence: ",
         f"Splitting: {n_concepts} of {n_concepts}",
         "How usual responses are: 3 of 3",
     ):
         assert line in told
     found = unbraid.find(scan, concepts="clusters", progress=True)
-    assert f"Clustering: {scan.layer.n_out} of {scan.layer.n_out}" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "Looking for top images: 300 of 300" in told
+    assert f"Clustering: {scan.layer.n_out} of {scan.layer.n_out}" in told
+    unbraid.split(scan, unbraid.find(scan, channels=OWN), method="published", progress=True)
+    assert "Choosing rho: 300 of 300" in capsys.readouterr().err
 
 
 def test_split_reads_what_clusters_and_classes_share(case, monkeypatch):
@@ -86,3 +92,40 @@ def test_split_reads_what_clusters_and_classes_share(case, monkeypatch):
     by_hand = unbraid.split(scan, unbraid.find(scan, images=groups))
     by_class = unbraid.split(scan, unbraid.find(scan, channels={5: [[0], [1]]}))
     torch.testing.assert_close(by_hand[5].masks, by_class[5].masks)
+
+
+def test_fits_look_at_no_more_images_and_channels_than_the_bounds(case, monkeypatch):
+    """And of a portion before nothing is kept that the next one does not need."""
+    scan, found = case
+    for module, name, most in (
+        (cross_validation, "_N_CHANNELS", 2),
+        (cross_validation, "_N_IMAGES", 6),
+        (least_squares, "N_IMAGES", 9),
+        (material, "N_SHAPED", 4),
+        (material, "_BYTES_AT_ONCE", 1),
+    ):
+        monkeypatch.setattr(module, name, most)
+    looked, read = [], material.Reader.read
+    n_images = []
+    reduce = material.moment
+    monkeypatch.setattr(material, "moment", lambda x: n_images.append(len(x)) or reduce(x))
+
+    def told(reader, wanted, channels):
+        chosen = read(reader, wanted, channels)
+        assert reader.known.keys() == wanted
+        looked.append((list(channels), {len(kind.some.pooled) for kind in reader.known.values()}))
+        return chosen
+
+    monkeypatch.setattr(material.Reader, "read", told)
+    unbraid.split(scan, found)
+    assert looked == [([o], {4}) for o in (1, 5, 1, 4, 5)]  # two choose, three are split
+    assert set(n_images) == {6, 9}
+
+
+def test_percentiles_are_of_no_more_images_than_the_bounds(case, monkeypatch):
+    scan, _ = case
+    each = scan.layer.groups * scan.layer.n_taps
+    for images, numbers, n in ((100, 2**40, 100), (2**40, 50 * each, 50), (2**40, 2**40, 300)):
+        monkeypatch.setattr(quantiles, "_MOST_IMAGES", images)
+        monkeypatch.setattr(quantiles, "_MOST_NUMBERS", numbers)
+        assert [len(column) for column in quantiles._spaced_inputs(scan)] == [n, n]

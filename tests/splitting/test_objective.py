@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from unbraid.splitting import objective
 from unbraid.splitting.objective import Beyond, Curvature, Objective
 from unbraid.splitting.rectified import Rectified, Shape
 from unbraid.splitting.silence import Images
@@ -63,3 +64,16 @@ def test_curvature_follows_what_images_count(scale):
     before = curvature.matrix
     curvature.follow(scale * counts * 1.001)  # too little to be worth it
     assert torch.equal(curvature.matrix, before)
+
+
+def test_a_descent_ends_after_so_many_steps(monkeypatch):
+    task, mask, n = objective_of(), torch.rand(7).double(), []
+    slopes = Objective._slopes
+    monkeypatch.setattr(Objective, "_slopes", lambda *own: n.append(1) or slopes(*own))
+    n_steps = []
+    for most in (30, 1):
+        monkeypatch.setattr(objective, "_MAX_STEPS", most)
+        n.clear()
+        task.solve(mask, 0.0)
+        n_steps.append(len(n))
+    assert n_steps[0] > n_steps[1] + 1

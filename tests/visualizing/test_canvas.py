@@ -133,3 +133,15 @@ def test_shake_moves_all_images_alike_and_turns_without_squeezing():
         assert 26 <= height <= 34
         assert abs(float(rows.float().mean()) - 30) <= 7
         assert abs(float(columns.float().mean()) - 60) <= 12
+
+
+def test_no_more_images_are_read_than_the_bound():
+    class Told(SyntheticImages):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    read = []
+    pixels_of(Told(500), None)
+    assert 0 < len(set(read)) <= 128
+    assert max(read) > 490  # from everywhere

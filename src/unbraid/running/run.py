@@ -37,7 +37,7 @@ from unbraid.running import folders
 from unbraid.running.finished import Run, looked_at, seen_in
 from unbraid.running.folders import Settings, Thresholds, as_labelled
 from unbraid.running.measures import Measured, Networks, formatted_as, measure
-from unbraid.running.sample import by_cosine, bytes_of_positions, n_with_positions
+from unbraid.running.sample import by_cosine, bytes_of_positions, concerned_in
 from unbraid.scanning.batch import Place, scan_batch
 from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
@@ -243,8 +243,7 @@ def _scan_positions(job: Job, made: Run, kind: Literal["train", "val"]) -> Scan:
     if "indices" in which:
         n_bytes = len(which["indices"]) * bytes_of_positions(scan)
         n_images = f"{count(len(which['indices']), what)} (about {n_bytes / 1e6:,.0f} MB)"
-    bounded = not job.everything and len(which.get("indices", ())) == n_with_positions(scan)
-    more = "; --all takes all of concepts" if bounded else ""
+    more = "; --all takes all of concepts" if which != concerned_in(scan, made.found) else ""
     job.say(f"Scanning {n_images} again, with positions{why}{more}.")
     # As that of all images, however it was made, or it would be looked for in vain later.
     which |= {n: getattr(scan.manifest, n) for n in ("channels_last", "autocast", "min_share")}
