@@ -267,6 +267,7 @@ def test_report_leaves_out_channels_beyond_its_limits(run, write, monkeypatch, l
     monkeypatch.setattr(view, "MAX_CELLS", 1)
     page = write(found=found, sensitivity=unbraid.sensitivity(run.train_scan, found=run.found))
     assert "Other thresholds are left out" in notes(page)
+    assert "unbraid sensitivity" in notes(page)
     assert not read(page).all("div", "maps")
     lowest = [run.found.pairs[0].channel] if limit else []
     assert [*sections(page)] == lowest

@@ -124,7 +124,12 @@ def test_a_few_images_are_compared_where_there_are_many(run, tmp_path, monkeypat
     monkeypatch.setattr(editing, "MOST_IMAGES", 100)
     found = edit_run(run, SCALES, tmp_path, loading=Loading(), say=said.append)
     assert found.changes.n_images == 100
-    assert "Comparing on 100 images of 500" in said[0]
+    assert "Comparing on 100 validation images of 500" in said[0]
+    assert "--all" in said[0]
+    said.clear()
+    every = edit_run(run, SCALES, tmp_path, loading=Loading(), everything=True, say=said.append)
+    assert every.changes.n_images == 500
+    assert "Comparing" not in " ".join(said)
 
 
 class Torn(Around):

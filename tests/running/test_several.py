@@ -207,8 +207,11 @@ def test_time_bounds_measures_and_reports_and_the_next_start_goes_on(tmp_path, m
     assert hurried.runs == {}
     assert [row.n_measured for row in hurried.layers.layers] == [0] * 4
     assert sum(row.n_sure for row in hurried.layers.layers) > 0
+    assert "not measured within" in hurried.index.read_text()
     monkeypatch.undo()
-    rows = run(tmp_path).layers.layers
+    again = run(tmp_path)
+    assert "not measured within" not in again.index.read_text()
+    rows = again.layers.layers
     assert all(bool(row.n_measured) == bool(row.n_sure + row.n_uncertain) for row in rows)
 
 

@@ -110,7 +110,7 @@ def test_a_card_lists_so_many_channels_and_how_many_more_there_are(run, tmp_path
     card = (tmp_path / "a" / CARD).read_text()
     table = card.partition("| channel |")[2].partition("\n\n")[0]
     assert len(table.splitlines()) == 2 + 2  # under the head and its line
-    assert f"And {n_channels - 2} more channels." in card
+    assert f"And {n_channels - 2} more channels, in `measures.json`." in card
 
 
 def test_mistakes_are_told_and_nothing_is_written(run, tmp_path):

@@ -257,6 +257,7 @@ def edit(
     weights: Weights = None,
     device: Device = None,
     data: OwnData = None,
+    everything: Annotated[bool, Parameter("--all")] = False,
     loading: Loading = Loading(),
 ) -> None:
     """Make a network with concept channels switched off or scaled, and show what changed.
@@ -264,6 +265,9 @@ def edit(
     Writes the network as state dict, torch.export program and ONNX file. A page compares accuracy
     per class, confusions and images before and after. The change is in the layer's own weights, so
     the network runs as fast as before.
+
+    Args:
+        everything: Compare on all validation images instead of 5,000.
     """
     from unbraid.running.edit import edit_run
     from unbraid.running.finished import Run
@@ -283,7 +287,9 @@ def edit(
     unbraid.keep_memory()
     ran = Run(run, data)
     network = load_again(ran.settings.source, model, weights, device)
-    made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
+    made = edit_run(
+        ran, scales, out, loading=loading, everything=everything, network=network, say=say
+    )
     show_table(made.changes)
     show(f"Network: {', '.join(map(str, made.files))}")
     show(f"Page: {made.page}")

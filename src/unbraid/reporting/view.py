@@ -290,7 +290,10 @@ def _notes(material: Material, has_images: bool) -> list[str]:
         images = count(len(material.broken), "validation image")
         notes.append(f"{images} could not be read; all figures are without.")
     if material.has_too_many_thresholds:
-        notes.append("Other thresholds are left out: there are too many choices for a page.")
+        notes.append(
+            "Other thresholds are left out: there are too many choices for a "
+            "page. `unbraid sensitivity` counts what those find that you name."
+        )
     if train_scan is not None and train_scan.manifest.data == material.scan.manifest.data:
         notes.append(
             "Training and validation images are the same, so the measures flatter the split."

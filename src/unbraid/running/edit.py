@@ -57,6 +57,7 @@ def edit_run(
     out: Path,
     *,
     loading: Loading,
+    everything: bool = False,
     network: LoadedModel | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Edited:
@@ -67,6 +68,7 @@ def edit_run(
         scales: as `unbraid.edit` takes them.
         out: a folder, which gets files of these names again.
         loading: how images go through the network.
+        everything: compare on all validation images instead of 5,000.
         network: the run's, by default loaded as the run's folder tells.
         say: told of each step, and of what is left out.
     """
@@ -80,9 +82,12 @@ def edit_run(
     model, images = loaded.model, network_images(run, loaded)
     edited = edit(model, split, scales)
     every = run.val_scan.manifest.n_images
-    chosen = range(0, every, math.ceil(every / MOST_IMAGES))
+    chosen = range(0, every, 1 if everything else math.ceil(every / MOST_IMAGES))
     if len(chosen) < every:
-        say(f"Comparing on {count(len(chosen), 'image')} of {every:,}, spread evenly.")
+        say(
+            f"Comparing on {count(len(chosen), 'validation image')} of {every:,}, spread evenly; "
+            "--all compares on all."
+        )
     first, last = (first_readable(images, own) for own in (chosen, chosen[::-1]))
     if first is None or last is None:
         raise RunError("None of the run's validation images that were tried can be read.")

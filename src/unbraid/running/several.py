@@ -156,7 +156,7 @@ def _run_all(job: Job, asked: Sequence[str], every: Sequence[str], out: Path) ->
         else:
             index.put_run(runs[name])
         index.write()
-    index.notes = [*notes, *_tell_without_page(index.layers)]
+    index.notes = [*notes, *_tell_unmeasured(index.layers), *_tell_without_page(index.layers)]
     output = _compare_together(job, runs) if len(runs) > 1 else None
     broken = broken_names(job, train_scans[names[0]], val_scans[names[0]])
     page = index.write()
@@ -211,6 +211,18 @@ def _lowest(found: Findings, n: int) -> Findings:
 
 def _ids(scans: tuple[Scan, Scan]) -> tuple[str, str]:
     return scans[0].manifest.scan_id, scans[1].manifest.scan_id
+
+
+def _tell_unmeasured(layers: Layers) -> list[str]:
+    """Say of how many layers with findings nothing was measured, as time was up."""
+    rest = [row for row in layers.layers if row.n_sure + row.n_uncertain and not row.n_measured]
+    if not rest:
+        return []
+    were = "was" if len(rest) == 1 else "were"
+    return [
+        f"{count(len(rest), 'layer')} with polysemantic channels {were} not measured within "
+        f"{MEASURED_SECONDS / 60:.0f} minutes; the same command measures more."
+    ]
 
 
 def _tell_without_page(layers: Layers) -> list[str]:

@@ -252,7 +252,9 @@ def _channels(evaluation: Evaluation) -> list[str]:
     ]
     table = _rows(["channel", "concepts", "separation error", "R-precision"], rows)
     n_more = len(by_error) - len(rows)
-    return [*table, "", f"And {count(n_more, 'more channel')}."] if n_more else table
+    return (
+        [*table, "", f"And {count(n_more, 'more channel')}, in `{MEASURES}`."] if n_more else table
+    )
 
 
 def _known(value: float | None) -> float:
