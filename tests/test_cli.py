@@ -475,7 +475,7 @@ def test_explain_tells_of_pictures_with_any_name_and_writes_where_it_should(agai
     assert out.count("concept  response") == len(pictures)
     assert ("\x1b" in out, "\u202e" in out) == (False, False)
     made = {path.name for path in (again / "explained").iterdir()}
-    stems = ["0", "image", "n", "b_onload_x_31m", "image~2", "0~2"]
+    stems = ["0", "image", "n", "b onload=x_&_[31m", "image~2", "0~2"]
     assert made == {f"{stem}{ending}" for stem in stems for ending in (".png", ".json")}
     for stem in stems:
         about = json.loads((again / "explained" / f"{stem}.json").read_text())

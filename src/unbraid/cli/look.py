@@ -208,8 +208,12 @@ def explain(
     for table in shown:
         show_table(table)
         show()
-    files = explained.save(out or ran.folder / "explained")
-    show(f"Pictures and figures: {', '.join(map(str, files))}")
+    files = [str(file) for file in explained.save(out or ran.folder / "explained")]
+    each = [", ".join(pair) for pair in zip(files[::2], files[1::2], strict=True)]
+    if len(each) > 1:
+        names = (one_line(own.image) for own in explained.images)
+        each = ["", *(f"  {name}: {own}" for name, own in zip(names, each, strict=True))]
+    show(f"Pictures and figures: {'\n'.join(each)}".replace(": \n", ":\n", 1))
 
 
 def explore(
