@@ -61,10 +61,25 @@ class Both(nn.Module):
 def build_both():
     return Both(), preprocess
 """
+ENDS = """
+import sys
+from torch import nn
+
+def build():
+    sys.exit(3)
+
+class Ends(nn.Conv2d):
+    def forward(self, x):
+        sys.exit()
+
+def build_late():
+    return Ends(3, 4, 1)
+"""
 FILES = {
     "own.py": OWN,
     "neighbour.py": "from own import build\n",
     "syntax.py": "def build(:",
+    "ends.py": ENDS,
     "wrong.csv": "path,label\ndata/val/ant/none.png,ant\n",
     "junk/ant/a.png": "no picture",
     "half/ant/a.png": "no picture",
@@ -324,9 +339,17 @@ INTO = {  # what a step would overwrite
 PICTURE = "data/val/ant/0.png"
 EXPLAIN = ("explain", "runs/a", PICTURE)
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
-    (("run", "--layer", "2"), 2, "requires an argument"),
+    (("run", "--layer", "2"), 2, "--model is missing; unbraid run --help"),
+    (("run", "--layer"), 2, "--layer requires an argument"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
+    (
+        ("layers", "ends.py:build"),
+        2,
+        "build ended Python by sys.exit(3), raised in ends.py",
+    ),
+    (("layers", "ends.py:build_late"), 1, "Code of your own ended Python by sys.exit()"),
+    (scan(device="gpu"), 2, "Device 'gpu' is none that torch knows; leave --device out"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
     ((*FIND, "--tau", "1e-4"), 2, "scan again with a smaller --min-share."),
@@ -352,7 +375,8 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(out="own.py"), 2, "is a file"),
     (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
-    (EXPLAIN[:2], 2, "requires an argument"),
+    (EXPLAIN[:2], 2, "IMAGES is missing"),
+    ((*EXPLAIN[:2], "data", *NETWORK[:2]), 2, "explain takes pictures, and data is a folder"),
     (EXPLAIN, 2, "own.py:build, which runs only if you name it; add --model own.py:build."),
     (("explain", "runs", PICTURE), 1, "runs holds no finished run"),
     ((*EXPLAIN[:2], "gone.png", *NETWORK[:2]), 1, "gone.png cannot be read (there is no such"),
@@ -365,7 +389,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ),
     ((*EXPLAIN, *NETWORK[:2], "--out", "runs/a"), 2, "holds a run or scan; name another folder"),
     ((*EXPLAIN, *NETWORK[:2], "--n", "0"), 2, "n is 0"),
-    (("circuit", "runs/a"), 2, "requires an argument"),
+    (("circuit", "runs/a"), 2, "--channel is missing; unbraid circuit --help"),
     (("circuit", "runs", "--channel", "0"), 1, "runs holds no finished run"),
     (("circuit", "runs/a", "--channel", "77"), 2, "Channel 77 was not split; those that were"),
     (("circuit", "runs/a", "--channel", "x"), 2, "--channel"),

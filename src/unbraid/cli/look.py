@@ -210,10 +210,12 @@ def explain(
         show()
     files = [str(file) for file in explained.save(out or ran.folder / "explained")]
     each = [", ".join(pair) for pair in zip(files[::2], files[1::2], strict=True)]
-    if len(each) > 1:
-        names = (one_line(own.image) for own in explained.images)
-        each = ["", *(f"  {name}: {own}" for name, own in zip(names, each, strict=True))]
-    show(f"Pictures and figures: {'\n'.join(each)}".replace(": \n", ":\n", 1))
+    if len(each) == 1:
+        show(f"Pictures and figures: {each[0]}")
+        return
+    show("Pictures and figures:")
+    for own, written in zip(explained.images, each, strict=True):
+        show(f"  {one_line(own.image)}: {written}")
 
 
 def explore(
@@ -269,7 +271,7 @@ def edit(
     per class, confusions and images before and after. The change is in the layer's own weights, so
     the network runs as fast as before.
     """
-    from unbraid.running.edit import edit_run
+    from unbraid.running.edit import FIGURES, edit_run
     from unbraid.running.finished import Run
     from unbraid.running.network import load_again
 
@@ -288,7 +290,7 @@ def edit(
     ran = Run(run, data)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
-    show_table(made.changes)
+    show_table(made.changes, out / FIGURES)
     show(f"Network: {', '.join(map(str, made.files))}")
     show(f"Page: {made.page}")
 

@@ -59,6 +59,7 @@ _NEAREST_LEGEND = (
 _CLUSTER_HEADS = ("channel", "cosine", "cluster 1", "top images", "cluster 2", "top images")
 _GROUP_HEADS = ("channel", "cosine", "group 1", "images", "group 2", "images")
 _GROUP_LEGEND = "images: the group's part of the images in all groups of the channel."
+_MOST_TOLD = 40  # channels, each with its concepts in a line of text
 _CLUSTER_LEGEND = "top images: the cluster's part of the images that the channel answers to most."
 
 
@@ -325,7 +326,8 @@ class Findings(Tabular, Exported):
         head = f"{self.pairs_in_words} of {self.sides} in {self.channels_in_words} {asked}"
         kinds = {"classes": _CLASS_HEADS, "clusters": _CLUSTER_HEADS, "groups": _GROUP_HEADS}
         rows = [self._cells(pair, of_classes) for pair in self.pairs]
-        return Table([kinds[self.sides], *rows], head, self._legend(of_classes) + note)
+        legend, all_in = self._legend(of_classes) + note, "Findings.to_csv writes all"
+        return Table([kinds[self.sides], *rows], head, legend, all_in=all_in)
 
     def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
         cells = [str(pair.channel), f"{pair.cosine:.4f}"]
@@ -366,9 +368,11 @@ class Findings(Tabular, Exported):
         """A line per channel, where clusters of what else excites it stand beside classes."""
         if self.clusters:
             yield "Concepts, with clusters of what else excites the channel:"
-            for channel, concepts in sorted(self.concepts.items()):
+            for channel, concepts in sorted(self.concepts.items())[:_MOST_TOLD]:
                 names = (", ".join(map(self.name, concept)) for concept in concepts)
                 yield f"  channel {channel}: {'; '.join(names)}"
+            if (n_more := len(self.concepts) - _MOST_TOLD) > 0:
+                yield f"  and {count(n_more, 'more channel')}, all of them in Findings.concepts"
 
     @property
     def known_agreement(self) -> list[float]:
