@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,9 +186,10 @@ def test_printed_tables_have_no_more_than_forty_rows_and_say_what_has_the_others
     assert len(text.splitlines()) < 50
     assert all(f"{p.cosine:.4f}" in text for p in many.pairs[:40])
     assert "And 960 more rows; Findings.to_csv writes all." in text.splitlines()
-    one = ("And 1 more row; a b.csv has all.", str(findings(41).table().kept_in("a b.csv")))
+    one = ("And 1 more row; a b.csv has all.", str(findings(41).table().kept_in(Path("a b.csv"))))
     assert one[0] in one[1].splitlines()
-    assert one[0] in findings(41).table().kept_in("a b.csv").fitted(200).splitlines()
+    assert one[0] in findings(41).table().kept_in(Path("a b.csv")).fitted(200).splitlines()
+    assert "And 960 more rows; --out FILE writes all." in str(many.table().kept_in(None))
     evaluation = Evaluation("published", "mix", EVALUATED * 30, 0.03, {})
     assert "And 50 more rows; Evaluation.save writes all." in str(evaluation).splitlines()
     ablation = str(Ablation("mix", (CLASS,), (OLDER,) * 50))

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 _MAX_CELL = 300  # characters of a cell
 _LEAST_TEXT = 8  # characters that a text is cut to
 _MAX_ROWS = 60  # of a table in HTML
-_MAX_LINES = 40  # of a table in text whose rows are elsewhere too
+MAX_LINES = 40  # of a table in text whose rows are elsewhere too
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _BREAKS = ("\t", "\r", "\n")  # after which some spreadsheets begin a new cell
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
@@ -52,9 +52,10 @@ class Table:
     all_in: str = ""  # what has all rows, so that of a long table the first are printed
     n_feet: int = 0  # rows at the end that stay
 
-    def kept_in(self, place: str | Path) -> Table:
-        """The same, but that all rows are in a file, or wherever words say."""
-        return replace(self, all_in=f"{one_line(str(place))} has all")
+    def kept_in(self, file: Path | None) -> Table:
+        """The same, whose rows are all in a file, or would be in that of --out."""
+        words = "--out FILE writes all" if file is None else f"{one_line(str(file))} has all"
+        return replace(self, all_in=words)
 
     def _cut(self, most: int) -> tuple[Sequence[Sequence[str]], int]:
         """The first rows and those at the end, and how many are left out."""
@@ -66,7 +67,7 @@ class Table:
         """The rows to print, and what there is to say of the others."""
         if not self.all_in:
             return self.rows, ""
-        rows, n_more = self._cut(_MAX_LINES)
+        rows, n_more = self._cut(MAX_LINES)
         return rows, f"And {count(n_more, 'more row')}; {self.all_in}." if n_more else ""
 
     def __str__(self) -> str:

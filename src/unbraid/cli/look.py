@@ -290,7 +290,7 @@ def edit(
     ran = Run(run, data)
     network = load_again(ran.settings.source, model, weights, device)
     made = edit_run(ran, scales, out, loading=loading, network=network, say=say)
-    show_table(made.changes, out / FIGURES)
+    show_table(made.changes.table().kept_in(out / FIGURES))
     show(f"Network: {', '.join(map(str, made.files))}")
     show(f"Page: {made.page}")
 

@@ -293,7 +293,7 @@ def find(
     found = unbraid.find(opened, tau=tau, **finding.asked(), progress=True)
     if out is not None:
         found.to_csv(out)
-    show_table(found, out or "the file of --out")
+    show_table(found.table().kept_in(out))
 
 
 def sensitivity(
@@ -352,7 +352,7 @@ def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     result = unbraid.evaluate(unbraid.Split.load(split), opened, progress=True)
     if out is not None:
         result.save(out)
-    show_table(result, out or "the file of --out")
+    show_table(result.table().kept_in(out))
 
 
 def reproduce(

@@ -141,11 +141,9 @@ def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[st
     return {**loaded.source, "data": absolute(source), **told}
 
 
-def show_table(result: Tabular | Table, all_in: str | Path | None = None) -> None:
-    """Print a result, on a terminal as wide as that is; `all_in` has what is too long for it."""
+def show_table(result: Tabular | Table) -> None:
+    """Print a result, on a terminal as wide as that is."""
     table = result.table() if isinstance(result, Tabular) else result
-    if all_in is not None:
-        table = table.kept_in(all_in)
     width = get_terminal_size().columns if sys.stdout.isatty() else None
     show(in_command_words(table.fitted(width) if width else str(table)))
 
