@@ -27,6 +27,7 @@ from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.cli import shared
 from unbraid.images import kept, sample
+from unbraid.running.finished import Run
 from unbraid.scanning import scan as scanning
 
 CLASSES = ("ant", "bee", "cat")
@@ -215,6 +216,46 @@ def test_a_network_of_ones_own_is_edited_and_its_circuits_are_drawn(again, call)
     assert about["n_images"] == 30
     assert (edited / "before_after.html").exists()
     assert (edited / "network.safetensors").exists()
+
+
+def test_what_a_run_says_of_labels_stands_on_its_page(ran, home, call):
+    """Of two of three classes, taken for other outputs; also when it is written again."""
+    for file in (home / "data").glob("*/[bc]*/*.*"):
+        to = home / "lost" / file.relative_to(home / "data")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, to)
+    clusters = ("--concepts", "clusters", "--gamma", "0.9999", "--no-features")
+    code, _, err = call("run", *NETWORK, "--data", "lost", "--out", "runs/lost", *clusters)
+    assert code == 0, err
+    assumed = "2 classes for 3 outputs; taken in order as the first outputs."
+    doubt = "It seems that labels or preprocessing do not fit this network"
+    page = home / "runs/lost/report.html"
+    assert assumed in " ".join(err.split())  # the doubt is a warning, which pytest takes
+    for told in (assumed, doubt):
+        assert told in notes_of(page)
+        assert told not in notes_of(home / "runs/a/report.html")
+    before = page.read_bytes()
+    page.unlink()
+    assert call("report", "runs/lost")[0] == 0
+    assert page.read_bytes() == before
+
+
+def test_a_page_that_is_shared_tells_of_doubts_but_not_where_images_are(again, call, monkeypatch):
+    monkeypatch.setattr(Run, "doubts", ["Labels may not fit."])
+    settings = json.loads((again / "settings.json").read_text())
+    settings["source"]["assumed"] = "In /our/images labels were guessed."
+    (again / "settings.json").write_text(json.dumps(settings))
+    assert call("report", str(again))[0] == 0
+    code, _, err = call("share", str(again), "--out", str(again / "shared"))
+    assert code == 0, err
+    for page, told in (("report.html", True), ("shared/page.html", False)):
+        notes = notes_of(again / page)
+        assert ("Labels may not fit." in notes, "/our/images" in notes) == (True, told)
+
+
+def notes_of(page):
+    """What a page asks to note."""
+    return html.unescape(page.read_text().partition('id="notes"')[2].partition("</aside>")[0])
 
 
 def test_a_target_of_a_file_is_kept_so_that_any_folder_finds_it(home, call, monkeypatch, tmp_path):

@@ -34,6 +34,7 @@ from unbraid.cli.shared import (
     labels_for,
     load,
     note,
+    noted,
     open_images,
     read_bands,
     refuse_result,
@@ -151,6 +152,7 @@ def run(
             thresholds=Thresholds(tau=tau, rho=rho, **asked),
             loading=loading,
             source=source_of(loaded, train, data)
+            | noted(assumed, train)
             | {"class_folders": labelled(train)}
             | ({} if target == "label" else {"target": found_again(target)})
             | ({} if drawn is None else {"bands": [*drawn]}),
