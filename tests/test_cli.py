@@ -27,6 +27,7 @@ from unbraid.base.errors import RunError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.cli import shared
 from unbraid.images import kept, sample
+from unbraid.running.finished import Run
 from unbraid.scanning import scan as scanning
 
 CLASSES = ("ant", "bee", "cat")
@@ -61,10 +62,25 @@ class Both(nn.Module):
 def build_both():
     return Both(), preprocess
 """
+ENDS = """
+import sys
+from torch import nn
+
+def build():
+    sys.exit(3)
+
+class Ends(nn.Conv2d):
+    def forward(self, x):
+        sys.exit()
+
+def build_late():
+    return Ends(3, 4, 1)
+"""
 FILES = {
     "own.py": OWN,
     "neighbour.py": "from own import build\n",
     "syntax.py": "def build(:",
+    "ends.py": ENDS,
     "wrong.csv": "path,label\ndata/val/ant/none.png,ant\n",
     "junk/ant/a.png": "no picture",
     "half/ant/a.png": "no picture",
@@ -202,6 +218,46 @@ def test_a_network_of_ones_own_is_edited_and_its_circuits_are_drawn(again, call)
     assert (edited / "network.safetensors").exists()
 
 
+def test_what_a_run_says_of_labels_stands_on_its_page(ran, home, call):
+    """Of two of three classes, taken for other outputs; also when it is written again."""
+    for file in (home / "data").glob("*/[bc]*/*.*"):
+        to = home / "lost" / file.relative_to(home / "data")
+        to.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, to)
+    clusters = ("--concepts", "clusters", "--gamma", "0.9999", "--no-features")
+    code, _, err = call("run", *NETWORK, "--data", "lost", "--out", "runs/lost", *clusters)
+    assert code == 0, err
+    assumed = "2 classes for 3 outputs; taken in order as the first outputs."
+    doubt = "It seems that labels or preprocessing do not fit this network"
+    page = home / "runs/lost/report.html"
+    assert assumed in " ".join(err.split())  # the doubt is a warning, which pytest takes
+    for told in (assumed, doubt):
+        assert told in notes_of(page)
+        assert told not in notes_of(home / "runs/a/report.html")
+    before = page.read_bytes()
+    page.unlink()
+    assert call("report", "runs/lost")[0] == 0
+    assert page.read_bytes() == before
+
+
+def test_a_page_that_is_shared_tells_of_doubts_but_not_where_images_are(again, call, monkeypatch):
+    monkeypatch.setattr(Run, "doubts", ["Labels may not fit."])
+    settings = json.loads((again / "settings.json").read_text())
+    settings["source"]["assumed"] = "In /our/images labels were guessed."
+    (again / "settings.json").write_text(json.dumps(settings))
+    assert call("report", str(again))[0] == 0
+    code, _, err = call("share", str(again), "--out", str(again / "shared"))
+    assert code == 0, err
+    for page, told in (("report.html", True), ("shared/page.html", False)):
+        notes = notes_of(again / page)
+        assert ("Labels may not fit." in notes, "/our/images" in notes) == (True, told)
+
+
+def notes_of(page):
+    """What a page asks to note."""
+    return html.unescape(page.read_text().partition('id="notes"')[2].partition("</aside>")[0])
+
+
 def test_a_target_of_a_file_is_kept_so_that_any_folder_finds_it(home, call, monkeypatch, tmp_path):
     np.save(home / "text.npy", np.ones(3))
     run_in_turn = Mock(return_value=[])
@@ -324,9 +380,17 @@ INTO = {  # what a step would overwrite
 PICTURE = "data/val/ant/0.png"
 EXPLAIN = ("explain", "runs/a", PICTURE)
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
-    (("run", "--layer", "2"), 2, "requires an argument"),
+    (("run", "--layer", "2"), 2, "--model is missing; unbraid run --help"),
+    (("run", "--layer"), 2, "--layer requires an argument"),
     ((*EARLY, "--concepts", "cluster"), 2, "--concepts"),
     (("layers", "syntax.py:build"), 2, "SyntaxError"),
+    (
+        ("layers", "ends.py:build"),
+        2,
+        "build ended Python by sys.exit(3), raised in ends.py",
+    ),
+    (("layers", "ends.py:build_late"), 1, "Code of your own ended Python by sys.exit()"),
+    (scan(device="gpu"), 2, "Device 'gpu' is none that torch knows; leave --device out"),
     (("find", "nowhere"), 1, "holds no scan"),
     ((*FIND, "--tau", "0"), 2, "tau"),
     ((*FIND, "--tau", "1e-4"), 2, "scan again with a smaller --min-share."),
@@ -352,7 +416,8 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     (scan(out="own.py"), 2, "is a file"),
     (scan(names="syntax.py"), 1, "names outputs 0 to 0"),
     ((*scan()[:-2], "--out="), 2, "--out is empty"),
-    (EXPLAIN[:2], 2, "requires an argument"),
+    (EXPLAIN[:2], 2, "IMAGES is missing"),
+    ((*EXPLAIN[:2], "data", *NETWORK[:2]), 2, "explain takes pictures, and data is a folder"),
     (EXPLAIN, 2, "own.py:build, which runs only if you name it; add --model own.py:build."),
     (("explain", "runs", PICTURE), 1, "runs holds no finished run"),
     ((*EXPLAIN[:2], "gone.png", *NETWORK[:2]), 1, "gone.png cannot be read (there is no such"),
@@ -365,7 +430,7 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ),
     ((*EXPLAIN, *NETWORK[:2], "--out", "runs/a"), 2, "holds a run or scan; name another folder"),
     ((*EXPLAIN, *NETWORK[:2], "--n", "0"), 2, "n is 0"),
-    (("circuit", "runs/a"), 2, "requires an argument"),
+    (("circuit", "runs/a"), 2, "--channel is missing; unbraid circuit --help"),
     (("circuit", "runs", "--channel", "0"), 1, "runs holds no finished run"),
     (("circuit", "runs/a", "--channel", "77"), 2, "Channel 77 was not split; those that were"),
     (("circuit", "runs/a", "--channel", "x"), 2, "--channel"),
@@ -475,7 +540,7 @@ def test_explain_tells_of_pictures_with_any_name_and_writes_where_it_should(agai
     assert out.count("concept  response") == len(pictures)
     assert ("\x1b" in out, "\u202e" in out) == (False, False)
     made = {path.name for path in (again / "explained").iterdir()}
-    stems = ["0", "image", "n", "b_onload_x_31m", "image~2", "0~2"]
+    stems = ["0", "image", "n", "b onload=x_&_[31m", "image~2", "0~2"]
     assert made == {f"{stem}{ending}" for stem in stems for ending in (".png", ".json")}
     for stem in stems:
         about = json.loads((again / "explained" / f"{stem}.json").read_text())

@@ -10,6 +10,7 @@ from itertools import pairwise
 from cyclopts import CycloptsError
 
 from unbraid.base.errors import UnbraidError, UsageError
+from unbraid.base.own_code import describe_exit
 from unbraid.cli import app, note, say
 from unbraid.scanning.scan_options import in_command_words
 
@@ -47,6 +48,9 @@ def main() -> None:
     except UnbraidError as error:
         say(f"unbraid: {in_command_words(str(error))}", style="bold red")
         code = error.exit_code
+    except SystemExit as error:  # by a network, a preprocessing or a data set of anyone's own
+        say(f"unbraid: Code of your own {describe_exit(error)}", style="bold red")
+        code = 1
     except OSError as error:  # a path that may not be read, is too long, and so on
         say(f"unbraid: {error}; name another path.", style="bold red")
         code = 1

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +175,43 @@ def test_html_of_long_tables_is_cut_and_says_by_how_much():
     nothing = shown(findings(pairs=(), concepts={})._repr_html_())
     assert not nothing.all("tr")
     assert "Nearest: tau <0.01>." in nothing.text
+
+
+def test_printed_tables_have_no_more_than_forty_rows_and_say_what_has_the_others():
+    many, few = findings(1000), findings(40)
+    assert all(f"{pair.cosine:.4f}" in str(few) for pair in few.pairs)
+    assert "more" not in str(few)
+    text = str(many)
+    assert "1,000 sure" in text or "1,000 pairs" in text
+    assert len(text.splitlines()) < 50
+    assert all(f"{p.cosine:.4f}" in text for p in many.pairs[:40])
+    assert "And 960 more rows; Findings.to_csv writes all." in text.splitlines()
+    one = ("And 1 more row; a b.csv has all.", str(findings(41).table().kept_in(Path("a b.csv"))))
+    assert one[0] in one[1].splitlines()
+    assert one[0] in findings(41).table().kept_in(Path("a b.csv")).fitted(200).splitlines()
+    assert "And 960 more rows; --out FILE writes all." in str(many.table().kept_in(None))
+    evaluation = Evaluation("published", "mix", EVALUATED * 30, 0.03, {})
+    assert "And 50 more rows; Evaluation.save writes all." in str(evaluation).splitlines()
+    ablation = str(Ablation("mix", (CLASS,), (OLDER,) * 50))
+    assert "And 10 more rows; Ablation.to_dict gives all." in ablation.splitlines()
+    asked = Table([("n",), *((str(n),) for n in range(100))])  # such as by --n 100
+    assert len(str(asked).splitlines()) == 101
+
+
+def test_rows_at_the_end_of_a_long_table_stay():
+    rows = [("class",), *((f"c{n}",) for n in range(1000)), ("all",)]
+    table = Table(rows, all_in="nothing has more", n_feet=1)
+    last = ["c39", "all", "And 960 more rows; nothing has more."]
+    assert str(table).splitlines()[-3:] == last
+    assert table.fitted(80).splitlines()[-3:] == last
+    assert [row[0] for row in shown(table.html()).rows("td")][-3:] == ["c59", "all", "and 940 more"]
+
+
+def test_concepts_beside_clusters_are_listed_of_no_more_than_forty_channels():
+    found = findings(1000, clusters=dict.fromkeys([1000]), kind="whole")
+    lines = str(found).splitlines()
+    assert sum(line.startswith("  channel ") for line in lines) == 40
+    assert "  and 960 more channels, all of them in Findings.concepts" in lines
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t=", "\r", " =", "＝", "＠"])  # noqa: RUF001

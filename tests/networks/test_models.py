@@ -45,6 +45,8 @@ def test_load_model_of_a_function_takes_what_it_returns(tmp_path):
 
 
 def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part/of.py").write_text("def fail():\n    raise ValueError('a\\nb')")
     for spec, weights, hint in (
         ("torchvision:resnet5", None, "resnet50"),
         ("timm:resnet17", None, "resnet18"),
@@ -53,10 +55,15 @@ def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
         ("resnet50", None, "torchvision:NAME"),
         ("missing.py:build", None, "no file missing.py"),
         ("OWN net", "some", "no weights file some"),
-        ("OWN net", None, "Device 'nonsense'"),
+        ("OWN net", None, "Device 'nonsense' is none that torch knows; leave --device out"),
         ("OWN net\n\ndef biuld(): pass\n\ndel build", None, "Did you mean biuld"),
-        ("OWN net\n\n1 / 0", None, r"cannot be run \(ZeroDivisionError: division by zero\)"),
+        ("OWN net\n\n1 / 0", None, r"cannot be run \(Zero.*zero, raised in own.py, line 14\)\."),
         ("OWN 1 / 0", None, r"fails \(ZeroDivisionError: .*\); it is called without arguments"),
+        ("OWN torch.zeros(2).view(3)", None, r"\(RuntimeError: .*, raised in own.py, line 12\); "),
+        ("OWN fail()\n\nfrom part.of import fail", None, r"in part/of.py, line 2\); it is"),
+        ("OWN next(iter(()))", None, r"fails \(StopIteration, raised in own.py, line 12\); it"),
+        ("OWN exit(3)", None, r"ended Python by sys.exit\(3\), raised in own.py, line 12; let"),
+        ("OWN net\n\nraise SystemExit", None, r"own.py ended Python by sys.exit\(\), raised in"),
         ("OWN 3", None, r"must return a network.* not int\."),
         ("OWN ()", None, r"must return a network.* not tuple\."),
         ("OWN (net, None, 'ab')", None, "a str for output names; give a list of texts"),
@@ -65,6 +72,15 @@ def test_load_model_of_what_is_none_says_what_there_is(tmp_path):
             spec = own(spec.removeprefix("OWN "), tmp_path)
         with pytest.raises(UsageError, match=hint):
             load_model(spec, weights, "nonsense")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError])  # as torch was built
+def test_load_model_on_a_device_that_is_not_there_says_what_to_do(error, tmp_path, monkeypatch):
+    refuse = Mock(side_effect=error("Torch not compiled\nwith CUDA enabled."))
+    monkeypatch.setattr(torch.nn.Module, "_apply", refuse)
+    told = r"'cuda' cannot be used \(Torch .* with CUDA enabled\); .*, or give --device cpu\.$"
+    with pytest.raises(UsageError, match=told):
+        load_model(own("net", tmp_path), device="cuda")
 
 
 @pytest.mark.parametrize("spec", ["torchvision:squeezenet1_1", "timm:test_resnet"])

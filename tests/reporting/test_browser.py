@@ -1,6 +1,7 @@
 """The report in a real browser: silent, searchable, usable by keyboard, the same on paper."""
 
 import math
+import re
 import shlex
 from dataclasses import replace
 
@@ -9,7 +10,9 @@ import pytest
 import unbraid
 from pages import LONG
 from unbraid.finding.pairs import Pair
+from unbraid.measuring.before_after import BeforeAfter, ClassChange, Confusion
 from unbraid.reporting import report as report_module
+from unbraid.reporting.before_after import before_after_page
 from unbraid.reporting.words import ABSENT
 
 # Also what is off the screen.
@@ -312,3 +315,50 @@ def test_circuits_stay_within_the_page_and_their_lines_meet_the_nodes(open_page,
             Math.min(...nodes[side].map(m => Math.abs(m - y))))));
     }"""
     assert page.evaluate(off) < 2
+
+
+def test_a_card_names_a_concept_in_three_lines_and_whole_to_a_pointer(open_page, run, report):
+    for width in (1100, 390):
+        captions = open_page(width=width).locator(".examples figcaption")
+        assert captions.count() > 2
+        for caption in captions.all():
+            said = caption.locator(".said")
+            lines = said.evaluate(
+                "e => e.offsetHeight / parseFloat(getComputedStyle(e).lineHeight)"
+            )
+            assert lines < 3.5
+            # The mark, a letter, stands before the names.
+            whole = "".join(said.evaluate("e => e.textContent").split()[1:])
+            told = re.sub("[\u2066-\u2069]", "", caption.get_attribute("title"))
+            assert "".join(told.split()) == whole
+
+
+BROKEN = """() => [...document.querySelectorAll(".changed .name bdi")].flatMap(bdi => {
+  const node = bdi.firstChild, words = [...node.data.matchAll(/\\S+/g)]
+  return words.filter(word => {
+    const range = document.createRange()
+    range.setStart(node, word.index)
+    range.setEnd(node, word.index + word[0].length)
+    return range.getClientRects().length > 1
+  }).map(word => word[0])
+})"""
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_before_and_after_breaks_no_name_within_a_word(browser, run, tmp_path, width):
+    names = ("standard poodle", "American alligator", "Staffordshire bullterrier")
+    classes = tuple(ClassChange(k, name, 8, 7, 5) for k, name in enumerate(names))
+    confusions = tuple(Confusion(name, names[0], 1, 3) for name in names[1:])
+    changes = BeforeAfter(24, 24, 21, 15, classes, confusions, ())
+    about = {"title": "net", "edits": [], "dataset": run.images, "sight": None}
+    path = tmp_path / "before_after.html"
+    path.write_text(before_after_page(changes, **about, predicted=False, files=[]))
+    context = browser.new_context(viewport={"width": width, "height": 800})
+    page, *_ = load(context, path)
+    assert page.evaluate(BROKEN) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    page.evaluate(
+        "for (const e of document.querySelectorAll('.name bdi')) e.style.wordBreak = 'break-all'"
+    )
+    assert width > 390 or page.evaluate(BROKEN)  # what it would see
+    context.close()

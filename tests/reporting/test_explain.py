@@ -9,7 +9,7 @@ from PIL import Image
 
 import unbraid
 from public_calls import call
-from unbraid.reporting.explain import _file_names, draw_image, light_up
+from unbraid.reporting.explain import draw_image, light_up
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,3 @@ def test_a_notebook_and_files_show_hostile_names_as_text(explained, tmp_path):
     assert [file.parent for file in files] == [tmp_path] * 2
     assert [file.name for file in files] == ["script.png", "script.json"]
     assert files[1].read_bytes().isascii()
-
-
-@pytest.mark.parametrize(
-    ("names", "made"),
-    [
-        (["a/b.jpg", "c/b.png", "B.png"], ["b", "b~2", "B~3"]),
-        (["..", "", "\n", "画.png"], ["image", "image~2", "image~3", "image~4"]),
-        (["a\\b c.tar.gz", "con~2", "x" * 300], ["b_c.tar", "con_2", "x" * 80]),
-    ],
-)
-def test_file_names_are_safe_and_apart(names, made):
-    assert _file_names(names) == made

@@ -8,7 +8,7 @@ import math
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 _MAX_CELL = 300  # characters of a cell
 _LEAST_TEXT = 8  # characters that a text is cut to
 _MAX_ROWS = 60  # of a table in HTML
+MAX_LINES = 40  # of a table in text whose rows are elsewhere too
 _TURNS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 _BREAKS = ("\t", "\r", "\n")  # after which some spreadsheets begin a new cell
 _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
@@ -31,40 +32,72 @@ _FORMULA = ("=", "+", "-", "@", "＝", "＋", "－", "＠")  # noqa: RUF001
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells, with a title above them and notes below."""
+    """Rows of cells, with a title above them and notes below.
+
+    >>> print(Table([["n"], *([str(n)] for n in range(1000))], all_in="n.csv has all"))
+    ... # doctest: +ELLIPSIS
+    n
+    0
+    1
+    ...
+    39
+    And 960 more rows; n.csv has all.
+    """
 
     rows: Sequence[Sequence[str]]  # the first are heads
     title: str = ""
     note: str = ""
     n_heads: int = 1
     caption: str = ""  # a title in HTML alone
+    all_in: str = ""  # what has all rows, so that of a long table the first are printed
+    n_feet: int = 0  # rows at the end that stay
+
+    def kept_in(self, file: Path | None) -> Table:
+        """The same, whose rows are all in a file, or would be in that of --out."""
+        words = "--out FILE writes all" if file is None else f"{one_line(str(file))} has all"
+        return replace(self, all_in=words)
+
+    def _cut(self, most: int) -> tuple[Sequence[Sequence[str]], int]:
+        """The first rows and those at the end, and how many are left out."""
+        end = len(self.rows) - self.n_feet
+        kept = min(end, self.n_heads + most)
+        return [*self.rows[:kept], *self.rows[end:]], end - kept
+
+    def _printed(self) -> tuple[Sequence[Sequence[str]], str]:
+        """The rows to print, and what there is to say of the others."""
+        if not self.all_in:
+            return self.rows, ""
+        rows, n_more = self._cut(MAX_LINES)
+        return rows, f"And {count(n_more, 'more row')}; {self.all_in}." if n_more else ""
 
     def __str__(self) -> str:
         """Line up the cells in columns."""
-        parts = (self.title, align(self.rows), self.note)
-        return "\n".join(part for part in parts if part)
+        rows, more = self._printed()
+        return "\n".join(part for part in (self.title, align(rows), more, self.note) if part)
 
     def fitted(self, width: int) -> str:
         """Write text that fits a width if it can be: long texts are cut, words around wrapped."""
-        title, note = (
+        kept, left_out = self._printed()
+        title, more, note = (
             "\n".join(textwrap.fill(line, width) for line in words.splitlines())
-            for words in (one_line(self.title), self.note)
+            for words in (one_line(self.title), left_out, self.note)
         )
-        rows = "\n\n".join(map(align, fit(self.rows, width))) if self.rows else ""
-        return "\n".join(part for part in (title, rows, note) if part)
+        rows = "\n\n".join(map(align, fit(kept, width))) if kept else ""
+        return "\n".join(part for part in (title, rows, more, note) if part)
 
     def html(self) -> str:
         """Write HTML: every text escaped, and of a long table the beginning."""
         note = f"<p>{'<br>'.join(map(_escaped, self.note.splitlines()))}</p>" if self.note else ""
         if not self.rows:
             return note
-        heads, body = self.rows[: self.n_heads], self.rows[self.n_heads :]
+        kept, n_more = self._cut(_MAX_ROWS)
+        heads, body = kept[: self.n_heads], kept[self.n_heads :]
         lines = ["<table>"]
         if title := self.title or self.caption:
             lines.append(f'<caption style="text-align:left">{_escaped(title)}</caption>')
         lines.append("<thead>" + "".join(_html_row(row, "th") for row in heads) + "</thead>")
-        lines += ["<tbody>", *(_html_row(row, "td") for row in body[:_MAX_ROWS])]
-        if n_more := len(body[_MAX_ROWS:]):
+        lines += ["<tbody>", *(_html_row(row, "td") for row in body)]
+        if n_more:
             lines.append(f'<tr><td colspan="{len(heads[0])}">and {n_more:,} more</td></tr>')
         return "\n".join([*lines, "</tbody>", "</table>"]) + note
 

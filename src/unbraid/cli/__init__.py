@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from cyclopts import App, Parameter
+from cyclopts import App, CycloptsError, CycloptsPanel, MissingArgumentError, Parameter
+from rich.panel import Panel
 
 from unbraid.cli import look, make
 from unbraid.cli.shared import note, say, show
 
 __all__ = ["app", "note", "say", "show"]
 
+
+def _in_box(error: CycloptsError) -> Panel:
+    """Show a wrong call; of what is missing, cyclopts says that it requires an argument."""
+    own = error.argument
+    if isinstance(error, MissingArgumentError) and own and not (error.keyword or own.tokens):
+        command = " ".join(["unbraid", *(error.command_chain or ())])
+        return CycloptsPanel(f"{own.name} is missing; {command} --help says what it is.")
+    return CycloptsPanel(error)
+
+
 app = App(
     name="unbraid",
     help="Find polysemantic channels of a vision network; split each into one channel per concept.",
     help_format="markdown",
     suppress_keyboard_interrupt=False,
+    error_formatter=_in_box,
     default_parameter=Parameter(negative_bool=(), negative_iterable=()),
 )
 _COMMANDS: list[Callable[..., int | None]] = [make.demo, make.run, make.layers, make.scan]

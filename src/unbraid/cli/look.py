@@ -208,8 +208,14 @@ def explain(
     for table in shown:
         show_table(table)
         show()
-    files = explained.save(out or ran.folder / "explained")
-    show(f"Pictures and figures: {', '.join(map(str, files))}")
+    files = [str(file) for file in explained.save(out or ran.folder / "explained")]
+    each = [", ".join(pair) for pair in zip(files[::2], files[1::2], strict=True)]
+    if len(each) == 1:
+        show(f"Pictures and figures: {each[0]}")
+        return
+    show("Pictures and figures:")
+    for own, written in zip(explained.images, each, strict=True):
+        show(f"  {one_line(own.image)}: {written}")
 
 
 def explore(
@@ -269,7 +275,7 @@ def edit(
     Args:
         everything: Compare on all validation images instead of 5,000.
     """
-    from unbraid.running.edit import edit_run
+    from unbraid.running.edit import FIGURES, edit_run
     from unbraid.running.finished import Run
     from unbraid.running.network import load_again
 
@@ -290,7 +296,7 @@ def edit(
     made = edit_run(
         ran, scales, out, loading=loading, everything=everything, network=network, say=say
     )
-    show_table(made.changes)
+    show_table(made.changes.table().kept_in(out / FIGURES))
     show(f"Network: {', '.join(map(str, made.files))}")
     show(f"Page: {made.page}")
 

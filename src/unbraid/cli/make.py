@@ -34,6 +34,7 @@ from unbraid.cli.shared import (
     labels_for,
     load,
     note,
+    noted,
     open_images,
     read_bands,
     refuse_result,
@@ -151,6 +152,7 @@ def run(
             thresholds=Thresholds(tau=tau, rho=rho, **asked),
             loading=loading,
             source=source_of(loaded, train, data)
+            | noted(assumed, train)
             | {"class_folders": labelled(train)}
             | ({} if target == "label" else {"target": found_again(target)})
             | ({} if drawn is None else {"bands": [*drawn]}),
@@ -293,7 +295,7 @@ def find(
     found = unbraid.find(opened, tau=tau, **finding.asked(), progress=True)
     if out is not None:
         found.to_csv(out)
-    show_table(found)
+    show_table(found.table().kept_in(out))
 
 
 def sensitivity(
@@ -352,7 +354,7 @@ def evaluate(split: Path, scan: ScanPaths, *, out: Path | None = None) -> None:
     result = unbraid.evaluate(unbraid.Split.load(split), opened, progress=True)
     if out is not None:
         result.save(out)
-    show_table(result)
+    show_table(result.table().kept_in(out))
 
 
 def reproduce(

@@ -141,6 +141,12 @@ def source_of(loaded: LoadedModel, images: ListedImages, source: str) -> dict[st
     return {**loaded.source, "data": absolute(source), **told}
 
 
+def noted(assumed: str, images: ListedImages) -> dict[str, str]:
+    """What was assumed of images, kept for a run's page, which tells their division anyway."""
+    words = " ".join(assumed.replace(images.divided, "").split())
+    return {"assumed": words} if words else {}
+
+
 def show_table(result: Tabular | Table) -> None:
     """Print a result, on a terminal as wide as that is."""
     table = result.table() if isinstance(result, Tabular) else result

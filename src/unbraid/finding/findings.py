@@ -16,7 +16,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.files import read_tensors, write_tensors
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.schema import build, check_schema, in_range, unread
-from unbraid.base.tables import Exported, Table, Tabular, count, figure, percent
+from unbraid.base.tables import MAX_LINES, Exported, Table, Tabular, count, figure, percent
 from unbraid.finding.membership import (
     Cluster,
     ClusterEntry,
@@ -69,8 +69,7 @@ class Candidate:
     pair: Pair
     tau: float
     gamma: float
-    # Of each class, those that excite the channel most, by their places in the data set.
-    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # of each class, the strongest
 
     def options(self, found: Findings) -> str:
         """The options of `unbraid run` and `unbraid find` that take it, where other than asked."""
@@ -156,7 +155,6 @@ class Findings(Tabular, Exported):
     layer: str  # that the channels belong to
     weights: str  # hash of the network's weights
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
-    # Per channel, adjusted Rand index of clusters' concepts and classes' concepts; see docs.
     agreement: Mapping[int, float] = field(default_factory=dict)
     kind: Kind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
@@ -320,12 +318,13 @@ class Findings(Tabular, Exported):
             head = f"No polysemantic channel {asked}. {self.hint}".rstrip()
             if not self.nearest:
                 return Table((), note=head + note)
-            rows = [self._nearest_cells(candidate) for candidate in self.nearest]
-            return Table([_NEAREST_HEADS, *rows], head, _NEAREST_LEGEND + note)
+            rows = [_NEAREST_HEADS, *map(self._nearest_cells, self.nearest)]
+            return Table(rows, head, _NEAREST_LEGEND + note)
         head = f"{self.pairs_in_words} of {self.sides} in {self.channels_in_words} {asked}"
         kinds = {"classes": _CLASS_HEADS, "clusters": _CLUSTER_HEADS, "groups": _GROUP_HEADS}
-        rows = [self._cells(pair, of_classes) for pair in self.pairs]
-        return Table([kinds[self.sides], *rows], head, self._legend(of_classes) + note)
+        rows = [kinds[self.sides], *(self._cells(pair, of_classes) for pair in self.pairs)]
+        legend, all_in = self._legend(of_classes) + note, "Findings.to_csv writes all"
+        return Table(rows, head, legend, all_in=all_in)
 
     def _cells(self, pair: Pair, of_classes: bool) -> list[str]:
         cells = [str(pair.channel), f"{pair.cosine:.4f}"]
@@ -345,8 +344,8 @@ class Findings(Tabular, Exported):
 
     def _legend(self, of_classes: bool) -> str:
         if of_classes:
-            legend, n_uncertain = _CLASS_LEGEND, sum(map(self.uncertain, self.pairs))
-            if n_uncertain:
+            legend = _CLASS_LEGEND
+            if n_uncertain := sum(map(self.uncertain, self.pairs)):
                 legend += (
                     f"\n* {n_uncertain} of {count(len(self.pairs), 'pair')} uncertain: with other "
                     "images of the same classes the cosine could lie on the other side of gamma."
@@ -366,9 +365,11 @@ class Findings(Tabular, Exported):
         """A line per channel, where clusters of what else excites it stand beside classes."""
         if self.clusters:
             yield "Concepts, with clusters of what else excites the channel:"
-            for channel, concepts in sorted(self.concepts.items()):
-                names = (", ".join(map(self.name, concept)) for concept in concepts)
+            for channel in self.channels[:MAX_LINES]:
+                names = (", ".join(map(self.name, concept)) for concept in self.concepts[channel])
                 yield f"  channel {channel}: {'; '.join(names)}"
+            if (n_more := len(self.concepts) - MAX_LINES) > 0:
+                yield f"  and {count(n_more, 'more channel')}, all of them in Findings.concepts"
 
     @property
     def known_agreement(self) -> list[float]:

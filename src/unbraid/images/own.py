@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Subset
 
 from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UsageError
+from unbraid.base.own_code import call_function
 from unbraid.base.tables import count
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import class_names_of, group_names_of, holder_of, labels_of, size_of
@@ -19,7 +20,6 @@ from unbraid.images.division import TRAIN, VAL, Divided, divide
 from unbraid.images.identity import ids_of, sizes_of
 from unbraid.images.listing import Items, Listing, make_listing
 from unbraid.images.mapped import distinct
-from unbraid.networks.models import call_function
 
 _MARK = ".py:"
 _named: set[str] = set()  # what was named in this process, not by a folder

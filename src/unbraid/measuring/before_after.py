@@ -85,7 +85,9 @@ class BeforeAfter(Tabular):
             rows.append((own.name, f"{own.n_images:,}", *figures))
         n_flips = len(self.flips)
         note = f"{n_flips:,} of {self.n_images:,} images are taken for another class than before."
-        return Table(rows, note=note, caption="Accuracy before and after, change in points")
+        caption, n_feet = "Accuracy before and after, change in points", len(rows) > 1
+        all_in = "BeforeAfter.classes has all"
+        return Table(rows, note=note, caption=caption, all_in=all_in, n_feet=int(n_feet))
 
 
 class _Seen(NamedTuple):

@@ -52,4 +52,5 @@ class Semantics(Tabular):
                 rows.append(
                     (*name, f"{like.monosemanticity:.3f}", f"{like.clarity:.3f}", *distances)
                 )
-        return Table(rows, caption="How alike the images are that channels answer to")
+        caption = "How alike the images are that channels answer to"
+        return Table(rows, caption=caption, all_in="Semantics.channels has all")

@@ -173,7 +173,8 @@ class Ablation(Tabular):
                 off, own = channel.rest_channel, _shown(channel.rest_channel.concepts)
                 accuracy = percent(off.concepts.accuracy, 1)
                 rows.append(("", "the rest", *own, accuracy, *[""] * 3, figure(off.others.logit)))
-        return Table(rows, caption=f"Channels of {self.layer} switched off", n_heads=2)
+        caption, all_in = f"Channels of {self.layer} switched off", "Ablation.to_dict gives all"
+        return Table(rows, caption=caption, n_heads=2, all_in=all_in)
 
 
 def _shown(drop: Drop) -> list[str]:
@@ -348,7 +349,7 @@ class Evaluation(Tabular):
                 number = "" if k else str(channel.channel)
                 rows.append((number, concept.name, *figures, *([""] * len(own) if k else own)))
         note, caption = "" if known else _NOT_OVER_ALL, f"{self.method} split of {self.layer}"
-        return Table(rows, note=note, caption=caption)
+        return Table(rows, note=note, caption=caption, all_in="Evaluation.save writes all")
 
 
 def _of_known(

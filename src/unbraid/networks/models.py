@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import urllib.error
 from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from contextlib import contextmanager, nullcontext
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 
 from unbraid.base.errors import ModelError, UsageError, brief, nearest
 from unbraid.base.modes import drawing_alike
+from unbraid.base.own_code import call_function
 from unbraid.networks.checkpoints import load_weights
 from unbraid.networks.class_names import Names, output_names
 from unbraid.networks.outputs import count_outputs
@@ -101,16 +100,29 @@ def load_model(spec: str, weights: str | None = None, device: str | None = None)
     if device is None:
         rank = os.environ.get("LOCAL_RANK", "0")  # of this process, where torchrun has started it
         device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    try:
-        target = torch.device(device)
-        # What is on the meta device stays; whether it is used shows in a run.
-        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
-    except RuntimeError as error:
-        raise UsageError(f"Device {device!r} cannot be used ({brief(error)}).") from None
+    _move(model, device)
     source = {"model": spec, "weights": weights}
     return LoadedModel(
         model.eval(), transform, tuple(names), source, note=note, tensor_transform=tensor_transform
     )
+
+
+def _move(model: nn.Module, device: str) -> None:
+    try:
+        target = torch.device(device)
+    except Exception:  # whose text lists all that torch could be built for
+        raise UsageError(
+            f"Device {device!r} is none that torch knows; leave --device out, or give one such as "
+            "cpu or cuda:0."
+        ) from None
+    try:
+        # What is on the meta device stays; whether it is used shows in a run.
+        model._apply(lambda tensor: tensor if tensor.is_meta else tensor.to(target))
+    except Exception as error:  # not all of torch's are of one type
+        why = brief(error).rstrip(".")
+        raise UsageError(
+            f"Device {device!r} cannot be used ({why}); leave --device out, or give --device cpu."
+        ) from None
 
 
 def import_torchvision() -> ModuleType:
@@ -226,35 +238,6 @@ class _ToSingle:
 
     def __repr__(self) -> str:
         return repr(self._step)
-
-
-def call_function(path: str, function: str, option: str) -> Any:
-    """Run a file of code and call a function of it; UsageError tells what fails."""
-    file = Path(path).resolve()
-    if not file.is_file():
-        raise UsageError(f"There is no file {path}; {option} FILE.py:FUNCTION names one.")
-    found = importlib.util.spec_from_file_location(file.stem, file)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
-    # As if it were a script: it may import its neighbours, and its classes can be looked up.
-    sys.path.insert(0, str(file.parent))
-    sys.modules[file.stem] = module
-    try:
-        found.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{path} cannot be run ({type(error).__name__}: {error}).") from error
-    build = getattr(module, function, None)
-    if not callable(build):
-        known = [name for name in vars(module) if not name.startswith("__")]
-        raise UsageError(f"{path} has no function {function!r}.{nearest(function, known)}")
-    try:
-        return build()
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UsageError(
-            f"{path}:{function} fails ({what}); it is called without arguments."
-        ) from error
 
 
 def _own(path: str, function: str) -> tuple[nn.Module, Transform | None, list[str]]:

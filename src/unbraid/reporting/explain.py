@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import re
 import reprlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from unbraid.base.arguments import as_path, flag, whole_number
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.files import write_whole
 from unbraid.base.modes import in_plain_modes
+from unbraid.base.names import file_names
 from unbraid.base.tables import Tabular, one_line
 from unbraid.images.batches import in_batches, load
 from unbraid.images.broken import plain
@@ -40,7 +40,6 @@ _SMALL = 64  # a picture's pixels are shown as they are up to this size
 _LIGHT = (255, 138, 0)  # where a channel answers
 _DARKENED = 0.55  # of the picture beneath
 _PAPER, _INK, _FAINT = "white", (20, 20, 20), (110, 110, 110)
-_LONGEST = 80  # characters of a file's name
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +91,7 @@ class Explanation(Tabular):
             RunError: the disk is full or may not be written.
         """
         folder, files = as_path("folder", folder), []
-        names = _file_names([own.image for own in self.images])
+        names = file_names([own.image for own in self.images])
         for name, own, picture in zip(names, self.images, self.pictures, strict=True):
             text = json.dumps(own.to_dict(), indent=1) + "\n"
             contents = {".png": _png(draw_image(own, picture)), ".json": text.encode()}
@@ -286,15 +285,3 @@ def _png(picture: Image.Image) -> bytes:
     content = io.BytesIO()
     picture.save(content, "PNG")
     return content.getvalue()
-
-
-def _file_names(names: Sequence[str]) -> list[str]:
-    """Make names for files of images' names, whatever these hold; the same ones get numbers."""
-    taken: dict[str, int] = {}
-    found = []
-    for name in names:
-        stem = Path(name.replace("\\", "/")).stem
-        safe = re.sub(r"[^\w.-]+", "_", stem, flags=re.ASCII).strip("._-")[:_LONGEST] or "image"
-        n = taken[safe.lower()] = taken.get(safe.lower(), 0) + 1  # as some systems see no case
-        found.append(safe if n == 1 else f"{safe}~{n}")
-    return found

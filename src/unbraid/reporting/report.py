@@ -65,6 +65,7 @@ def report(
     lead: str = "",
     circuits: Sequence[CircuitGraph] = (),
     command: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write one HTML file that shows what was found, how it was split and how well.
 
@@ -91,6 +92,7 @@ def report(
         circuits: through earlier layers, from `unbraid.circuit_graph`, shown with their channels.
         command: what made the run that the page is of, for its own commands to copy; empty where
             that is not known, None of a page that is of no run.
+        notes: what to beware of, such as labels that were guessed, beside what the page finds.
 
     Returns:
         The path of the file.
@@ -108,16 +110,21 @@ def report(
     images = None
     if dataset is not None:
         images = Crops(dataset, scan) if scan.manifest.places_of else as_scanned(dataset, scan)
-    page = render(material, dataset=images, title=title, lead=lead)
+    page = render(material, dataset=images, title=title, lead=lead, given=notes)
     # A folder's name may hold bytes that are no text; they are spelt out, not fatal.
     write_whole(file, page.encode("utf-8", "backslashreplace"))
     return file
 
 
 def render(
-    material: Material, *, dataset: Dataset[Any] | None, title: str | None, lead: str = ""
+    material: Material,
+    *,
+    dataset: Dataset[Any] | None,
+    title: str | None,
+    lead: str = "",
+    given: Sequence[str] = (),
 ) -> str:
-    """Return the page; arguments as in `unbraid.report`."""
+    """Return the page; arguments as in `unbraid.report`, whose notes are `given`."""
     page, found = build_page(material, has_images=dataset is not None, title=title), material.found
     pictures = take_pictures(page, material, dataset)
     environment = page_environment()
@@ -158,13 +165,14 @@ def render(
     pairs = _within(LIST, nearest, lines.pair_line)
     style, script = map(read_part, ("style.css", "script.js"))
     left_out = _left_out(material, len(sections), len(rows), len(pairs))
+    notes = [words.bounded(note, MAX_TEXT) for note in given]
     return environment.get_template("page.html.j2").render(
         lead=lead,
         sections=sections,
         rows=[rows[channel] for channel in sorted(rows, key=material.rank)],
         pairs=pairs,
         n_uncertain=sum(map(found.uncertain, nearest[: len(pairs)])),
-        notes=[*page.notes, *filter(None, [pictures.note]), *left_out],
+        notes=[*notes, *page.notes, *filter(None, [pictures.note]), *left_out],
         style=style,
         script=script,
         style_hash=hash_of(style),

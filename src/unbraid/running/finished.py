@@ -28,6 +28,7 @@ from unbraid.reporting.report import report as write_report
 from unbraid.running import folders
 from unbraid.running.folders import as_labelled, those_scanned, validation_images
 from unbraid.running.sample import choose_for_positions, concerned_in, draw_sample
+from unbraid.scanning.accuracy import scanned_accuracy
 from unbraid.scanning.many import open_scan
 from unbraid.scanning.records import Scan
 from unbraid.scanning.targets import is_named, read_target
@@ -246,18 +247,25 @@ class Run:
             shown |= {"maps": self.val_maps, "features": self.features}
         return shown
 
+    @property
+    def doubts(self) -> list[str]:
+        """Whether labels or preprocessing seem not to fit the network, as its scan said."""
+        accuracy = scanned_accuracy(self.train_scan)
+        return [accuracy.warning] if accuracy is not None and accuracy.warning else []
+
     def report(self) -> Path:
         """Write the page; RunError if the run is not finished, DataError if its images are gone."""
         lead = folders.first_look_in_words(self.settings.source, self.found)
         if self.settings.places and (n_broken := len(self.val_scan.broken())):
             broken = f"{count(n_broken, 'validation image')} could not be read."
             lead = f"{lead} {broken}".lstrip()
-        command = self.settings.source.get("command")
+        command, assumed = (self.settings.source.get(name) for name in ("command", "assumed"))
         pictured: dict[str, Any] = {
             "dataset": self.images,
             "title": self.settings.title,
             "lead": lead,
             "command": command if isinstance(command, str) else "",
+            "notes": [*([assumed] if isinstance(assumed, str) else []), *self.doubts],
         }
         if self.evaluation is not None:
             pictured["circuits"] = self.circuits

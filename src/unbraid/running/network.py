@@ -82,6 +82,12 @@ def open_pictures(
 
     Tensors are as the network takes them, or, `as_in_files`, those that its preprocessing takes.
     """
+    folder = next((path for path in paths if path.is_dir()), None)
+    if folder is not None:
+        raise UsageError(
+            f"explain takes pictures, and {folder} is a folder; name the files in it, such as "
+            f"{folder / '*.png'}."
+        )
     names = [str(path) for path in paths]
     n_of_tensors = sum(map(is_tensor_file, paths))
     if 0 < n_of_tensors < len(paths):

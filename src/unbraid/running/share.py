@@ -83,7 +83,7 @@ def share_run(
         run.split.save(made / FILE)
         evaluation.save(made / MEASURES)
         title = f"{network}, {run.split.layer.name}"
-        report(made / PAGE, title=title, dataset=images, **shown)
+        report(made / PAGE, title=title, dataset=images, notes=run.doubts, **shown)
         write_whole(made / CARD, card.encode("utf-8", "backslashreplace"))
         _put(made, out)
     return [out / name for name in _FILES]

@@ -10,10 +10,11 @@ from unbraid.running.folders import first_look_in_words
 
 def told(result: Run) -> list[str | Table]:
     """What was found and how well it was split, as tables and lines, and where the report is."""
-    parts: list[str | Table] = [result.found.table()]
+    parts: list[str | Table] = [result.found.table().kept_in(result.folder / "findings.csv")]
     if result.evaluation is not None:
         assert result.evaluation.output is not None
-        parts += ["", result.evaluation.table(), "", result.evaluation.summary_table(), ""]
+        measures = result.evaluation.table().kept_in(result.folder / "evaluation.json")
+        parts += ["", measures, "", result.evaluation.summary_table(), ""]
         what = "logit" if result.evaluation.output.top1_agreement is not None else "output"
         parts.append(compared(f"Largest {what} difference", result.evaluation.output))
     if look := first_look_in_words(result.settings.source, result.found):

@@ -140,7 +140,8 @@ class Split(Tabular):
                 kept = float(part.rows[k].abs().sum()) / (whole or 1.0)
                 rows.append((str(part.channel), str(k), self.name(concept), percent(kept)))
         n_channels = count(len(self.channels), "channel")
-        return Table(rows, f"{self.method} split of {n_channels} of {self.layer.name}")
+        title = f"{self.method} split of {n_channels} of {self.layer.name}"
+        return Table(rows, title, all_in="Split.channels has all")
 
     @in_plain_modes
     def save(self, path: str | Path) -> None:
