@@ -25,11 +25,12 @@ from tiny_networks import build
 from unbraid.base.errors import DataError, OutOfReach, RunError, UnbraidError
 from unbraid.base.files import read_tensors, temporary_for
 from unbraid.images import kept, mapped
-from unbraid.images.dataset import groups_of, labels_of, name_of
+from unbraid.images.dataset import groups_of, labels_of
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.kept import Part, read_list, write_list
 from unbraid.images.mapped import BLOCK, HEAD, Mapped, as_array, distinct
 from unbraid.images.open import images_of_run, labelled
+from unbraid.images.which import name_of
 from unbraid.networks.models import LoadedModel
 from unbraid.running.check import check
 

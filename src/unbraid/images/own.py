@@ -14,11 +14,12 @@ from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.tables import count
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import class_names_of, group_names_of, holder_of, labels_of, size_of
+from unbraid.images.dataset import class_names_of, group_names_of, labels_of, size_of
 from unbraid.images.division import TRAIN, VAL, Divided, divide
 from unbraid.images.identity import ids_of, sizes_of
 from unbraid.images.listing import Items, Listing, make_listing
 from unbraid.images.mapped import distinct
+from unbraid.images.which import holder_of
 from unbraid.networks.models import call_function
 
 _MARK = ".py:"
