@@ -11,7 +11,7 @@ import torch
 import oracle
 import unbraid
 from checks import assert_close, assert_csv, assert_grouped, assert_pairs
-from handmade import write_scan
+from handmade import random_shares, write_scan
 from unbraid.base.errors import UsageError
 from unbraid.finding import arv
 from unbraid.finding.findings import Candidate, Findings
