@@ -144,7 +144,7 @@ def test_a_scan_of_it_is_the_scan_byte_for_byte(way, folder, file, tmp_path):
 
 def test_labels_beyond_the_outputs_are_told_at_once(folder, file, tmp_path):
     images = unbraid.open_images(folder, to_tensor, labels={"ant": 0, "bee": 7}, listed=file)
-    with pytest.raises(DataError, match="Image 5 has label 7, but the network has 4 outputs"):
+    with pytest.raises(DataError, match=r"bee/0\.png has label 7, but the network has 4 outputs"):
         scanned(images, tmp_path / "scan", labels="given")
 
 
