@@ -116,6 +116,8 @@ def home(tmp_path_factory):
             draw(k % 3, 5000 * 9 * n + k, home / "flat" / part / f"{k:03d}.png")
     for folder in ("half/ant", "no-val/train", *(f"many/{name}" for name in "abcd")):
         draw(0, 1, home / folder / "b.png")
+    for k in range(8):
+        draw(0, k, home / "one-class/ant" / f"{k}.png")
     (home / "no-val/val").mkdir()
     own = runpy.run_path(str(home / "own.py"))
     network, preprocess = own["build"]()
@@ -377,6 +379,39 @@ INTO = {  # what a step would overwrite
     "evaluation.json": ("evaluate", "x", "runs/a/scan-val"),
     "scan-val/manifest.json": ("sensitivity", "runs/a/scan-train"),
 }
+# Each with a network that is not there either, so it is told before that is looked for.
+NO_NETWORK = ("--model", "gone.py:build", "--layer", "2")
+AMONG = [
+    ("run", *NO_NETWORK, "--data", "data", "--out", "data/val"),
+    ("run", *NO_NETWORK, "--data", "flat/train", "--out", "flat/train"),
+    ("scan", *NO_NETWORK, "--data", "data/val", "--out", "data/val/ant/scan"),
+]
+OUT_OF_RANGE = [  # of data that is not there either
+    ((command, *NO_NETWORK, "--data", "gone", "--out", "mistake", *option), told)
+    for commands, option, told in [
+        (("run",), ("--tau", "3"), "tau is 3; a share must"),
+        (("run",), ("--tau", "0.001"), "keeps no share below 0.005; raise tau."),
+        (("run",), ("--p", "75"), "p is 75; a fraction"),
+        (("run",), ("--gamma", "2"), "gamma is 2; a cosine"),
+        (("run",), ("--rho", "2"), "rho is 2; it must"),
+        (("run", "scan"), ("--places", "-1"), "places is -1; give"),
+        (("run", "scan"), ("--batch-size", "0"), "--batch-size is 0; give"),
+        (("run", "scan"), ("--workers", "-1"), "workers is -1; give"),
+        (("scan",), ("--min-share", "2"), "--min-share is 2.0; it must"),
+    ]
+    for command in commands
+] + [
+    (("find", "gone", "--gamma", "2"), "gamma is 2; a cosine"),
+    (("split", "gone", "--p", "2", "--out", "mistake"), "p is 2; a fraction"),
+]
+ABSENT = [
+    (("run", *NO_NETWORK, "--data", data, "--out", "mistake"), what)
+    for data, what in [("nowhere", "nowhere"), ("x.csv", "x.csv"), ("x.py:data", "x.py")]
+] + [
+    (("scan", *NO_NETWORK, "--data", "data/nowhere", "--out", "mistake"), "data/nowhere"),
+    (("layers", "gone.py:build", "--data", "nowhere"), "nowhere"),
+    (("reproduce", "--imagenet", "nowhere", "--out", "mistake"), "nowhere/train"),
+]
 PICTURE = "data/val/ant/0.png"
 EXPLAIN = ("explain", "runs/a", PICTURE)
 MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usage, says
@@ -407,7 +442,10 @@ MISTAKES = [  # arguments, exit code, and what the sentence, or a box about usag
     ((*RUN[:-1], "no-val", "--out", "mistake"), 1, "no-val/val holds no image"),
     ((*RUN, "--out", "theirs"), 1, "theirs/settings.json"),
     ((*RUN[:-1], "many", "--out", "mistake"), 1, "a class needs two images"),
-    ((*RUN[:-1], "nowhere", "--out", "mistake", "--quick"), 1, "There is no folder nowhere"),
+    ((*RUN[:-1], "one-class", "--out", "mistake"), 2, "needs two; take --concepts clusters."),
+    *((into, 2, "lies among the images of") for into in AMONG),
+    *((late, 2, told) for late, told in OUT_OF_RANGE),
+    *((absent, 1, f"There is nothing at {what}; name a") for absent, what in ABSENT),
     ((*EARLY, "--quick=3"), 2, "--quick"),
     (scan(weights="nan.safetensors"), 1, "NaN or infinite"),
     (scan(data="many"), 1, "4 classes but the network has 3 outputs"),
@@ -671,6 +709,14 @@ def test_importing_is_light_and_every_public_name_is_there_and_is_no_module():
     for statement in ("import unbraid", "import unbraid.cli"):
         code = f"import sys; {statement}; print('torch' in sys.modules)"
         assert python([sys.executable, "-c", code]).stdout.strip() == "False"
+    late = ["run", *NO_NETWORK, "--data", "gone", "--out", "mistake", "--tau", "3"]
+    code = (
+        "import sys; from unbraid.__main__ import main\n"
+        f"sys.argv[1:] = {late}\n"
+        "try: main()\n"
+        "except SystemExit as stopped: print(stopped.code, 'torch' in sys.modules)"
+    )
+    assert python([sys.executable, "-c", code]).stdout.split() == ["2", "False"]
     code = (
         "import json, types, unbraid, unbraid.cli, unbraid.running.run\n"
         "names = {n: getattr(unbraid, n) for n in unbraid.__all__}\n"

@@ -11,7 +11,7 @@ import torch
 import oracle
 import unbraid
 from checks import assert_close, assert_csv, assert_grouped, assert_pairs
-from handmade import write_scan
+from handmade import random_shares, write_scan
 from unbraid.base.errors import UsageError
 from unbraid.finding import arv
 from unbraid.finding.findings import Candidate, Findings
@@ -145,6 +145,18 @@ def test_find_at_a_cosine_of_exactly_gamma_and_without_a_shared_channel_gives_no
     scan = handmade_scan(tmp_path, [(1, 0), (0, 1)], [(0.3, 0.0), (0.0, 0.3)])
     found = unbraid.find(scan, p=1.0)
     assert found.hint.startswith("No two classes use the same channel")
+    assert found.hint.endswith("the smallest share that the scan kept; lower p.")
+
+
+@pytest.mark.parametrize("tau", [0.03, "auto"])
+def test_find_of_one_class_says_that_a_search_needs_two(tau, tmp_path):
+    scan = write_scan(tmp_path, shares=random_shares(8, 4), labels=[1] * 8)
+    found = unbraid.find(scan, tau=tau)
+    assert not found.pairs
+    assert found.hint == (
+        "All images are of one class, and a search among classes needs two; take "
+        "concepts='clusters'."
+    )
 
 
 HINT = (

@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 import unbraid
 from tiny_networks import SyntheticImages
 from unbraid.base.errors import DataError
-from unbraid.images.dataset import class_names_of, groups_of, labels_of, name_of, picture_of
+from unbraid.images.dataset import class_names_of, groups_of, labels_of, picture_of
 from unbraid.images.identity import fingerprint, ids_of, preprocessing_of
+from unbraid.images.which import name_of
 from unbraid.scanning.as_scanned import AsScanned
 
 NAMES = ("ant", "bee", "cat", "dog")

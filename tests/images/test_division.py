@@ -13,7 +13,8 @@ from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.division import for_validation
 from unbraid.images.identity import hash_of
-from unbraid.images.open import open_images, part_of
+from unbraid.images.open import open_images
+from unbraid.images.sources import part_of
 
 MEMBERS = {"ant": 30, "bee": 20, "cow": 2, "doe": 1}
 FIFTH = 0.2

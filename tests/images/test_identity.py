@@ -17,9 +17,10 @@ import unbraid
 from tiny_networks import SyntheticImages, build
 from unbraid.base.errors import DataError, RunError
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import labels_of, name_of
+from unbraid.images.dataset import labels_of
 from unbraid.images.identity import as_recorded, fingerprint, preprocessing_of
 from unbraid.images.open import open_images
+from unbraid.images.which import name_of
 from unbraid.networks.models import imagenet_transform
 from unbraid.scanning.as_scanned import as_scanned
 

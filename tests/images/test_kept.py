@@ -25,11 +25,12 @@ from tiny_networks import build
 from unbraid.base.errors import DataError, OutOfReach, RunError, UnbraidError
 from unbraid.base.files import read_tensors, temporary_for
 from unbraid.images import kept, mapped
-from unbraid.images.dataset import groups_of, labels_of, name_of
+from unbraid.images.dataset import groups_of, labels_of
 from unbraid.images.identity import fingerprint, ids_of
 from unbraid.images.kept import Part, read_list, write_list
 from unbraid.images.mapped import BLOCK, HEAD, Mapped, as_array, distinct
 from unbraid.images.open import images_of_run, labelled
+from unbraid.images.which import name_of
 from unbraid.networks.models import LoadedModel
 from unbraid.running.check import check
 
@@ -143,7 +144,7 @@ def test_a_scan_of_it_is_the_scan_byte_for_byte(way, folder, file, tmp_path):
 
 def test_labels_beyond_the_outputs_are_told_at_once(folder, file, tmp_path):
     images = unbraid.open_images(folder, to_tensor, labels={"ant": 0, "bee": 7}, listed=file)
-    with pytest.raises(DataError, match="Image 5 has label 7, but the network has 4 outputs"):
+    with pytest.raises(DataError, match=r"bee/0\.png has label 7, but the network has 4 outputs"):
         scanned(images, tmp_path / "scan", labels="given")
 
 

@@ -16,10 +16,12 @@ from torch import nn
 import unbraid
 from unbraid.base.errors import DataError, ModelError, OutOfReach, UsageError
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import groups_of, labels_of, name_of
+from unbraid.images.dataset import groups_of, labels_of
 from unbraid.images.identity import ids_of
 from unbraid.images.labels import GUESSED
-from unbraid.images.open import absolute, images_for, images_like, labelled, open_images, part_of
+from unbraid.images.open import absolute, images_for, images_like, labelled, open_images
+from unbraid.images.sources import part_of
+from unbraid.images.which import name_of
 from unbraid.networks.class_names import imagenet_classes
 from unbraid.networks.models import LoadedModel
 

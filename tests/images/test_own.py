@@ -5,9 +5,11 @@ import torch
 
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images import own
-from unbraid.images.dataset import holder_of, picture_of
+from unbraid.images.dataset import picture_of
 from unbraid.images.identity import fingerprint
-from unbraid.images.open import absolute, images_like, open_images, part_of
+from unbraid.images.open import absolute, images_like, open_images
+from unbraid.images.sources import part_of
+from unbraid.images.which import holder_of
 from unbraid.reporting.drawing import bands_of
 
 CODE = """

@@ -8,8 +8,9 @@ from torch.utils.data import ConcatDataset, Subset
 import unbraid
 from tiny_networks import build
 from unbraid.base.errors import DataError, UsageError
-from unbraid.images.open import images_like, open_images, part_of
+from unbraid.images.open import images_like, open_images
 from unbraid.images.several_labels import refuse_several, repeats
+from unbraid.images.sources import part_of
 
 LINES = ["ant/0.png,a", "ant/1.png,b", "ant/0.png,b", "bee/0.png,a", "./ant/1.png,c", "bee/1.png,c"]
 ITEMS = [

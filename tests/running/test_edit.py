@@ -12,7 +12,7 @@ import unbraid
 from pages import assert_harmless
 from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.demo.network import LAYER, load_images, load_network
-from unbraid.images.dataset import Around
+from unbraid.images.which import Around
 from unbraid.running import edit as editing
 from unbraid.running import run as running
 from unbraid.running.edit import edit_run

@@ -8,6 +8,7 @@ import os
 from collections import deque
 from collections.abc import Iterable, Iterator
 from json import JSONDecodeError
+from typing import Self
 
 _LONGEST = 300  # characters of what another library says
 _MOST = 64  # errors looked at behind one
@@ -28,6 +29,20 @@ class UnbraidError(Exception):
     """Base of all errors that unbraid raises on purpose; `exit_code` is the command line's."""
 
     exit_code = 1
+    image: int | None = None  # the index that the message calls an image by, for want of a name
+    _around = ("", "")
+
+    @classmethod
+    def of_image(cls, before: str, index: int, after: str) -> Self:
+        """Make an error about an image of which its index is known, told between two texts."""
+        error = cls(_with_image(before, f"image {index}", after))
+        error.image, error._around = index, (before, after)
+        return error
+
+    def naming(self, image: str) -> Self:
+        """Make the same error with a name for the image."""
+        before, after = self._around
+        return type(self)(_with_image(before, image, after))
 
 
 class UsageError(UnbraidError, ValueError):
@@ -80,6 +95,12 @@ class UnreadableError(RunError):
 
 class OutputChangedError(UnbraidError):
     """A split network computes something else than the original."""
+
+
+def _with_image(before: str, image: str, after: str) -> str:
+    space = "" if after[:1] == ";" else " "
+    begun = f"{before} {image}" if before else f"{image[0].upper()}{image[1:]}"
+    return f"{begun}{space}{after}"
 
 
 def brief(error: BaseException) -> str:

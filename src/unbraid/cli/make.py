@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 import unbraid
+from unbraid.base.arguments import whole_number
 from unbraid.base.errors import CannotRun, UnbraidError, UsageError
 from unbraid.base.tables import Table, count, percent
 from unbraid.cli.shared import (
@@ -45,8 +46,8 @@ from unbraid.cli.shared import (
     show_table,
     source_of,
 )
-from unbraid.finding.find_options import Finding
-from unbraid.scanning.scan_options import Labels, Loading, ScanOptions
+from unbraid.finding.find_options import Finding, check_rho, plain_thresholds
+from unbraid.scanning.scan_options import MAX_PLACES, MIN_SHARE, Labels, Loading, ScanOptions
 
 if TYPE_CHECKING:
     from torch import nn
@@ -108,10 +109,15 @@ def run(
             OUT/quick. The same command without --quick goes on from there. With 20,000 images or
             more, every run begins with a first look unless you say --no-quick.
     """
+    drawn = read_bands(bands)
+    plain_thresholds(tau, finding.p, finding.gamma, MIN_SHARE)
+    check_rho(rho)
+    loading, places = loading.checked(), whole_number("places", places, 0, MAX_PLACES)
     from unbraid.base.progress import waiting
     from unbraid.base.team import n_ranks
     from unbraid.images.kept import LISTED_PARTS, tentative
     from unbraid.images.open import images_of_run, labelled
+    from unbraid.images.sources import refuse_source
     from unbraid.reporting.drawing import draw_by
     from unbraid.running.first_look import run_in_turn
     from unbraid.running.folders import Thresholds, home_of
@@ -122,7 +128,8 @@ def run(
             "Several processes can share a scan, not a run; use torchrun with `unbraid scan` into "
             "OUT/scan-train and OUT/scan-val, then start `unbraid run` alone, which goes on there."
         )
-    sought, drawn = read_target(target), read_bands(bands)
+    sought = read_target(target)
+    refuse_source(data, out, in_parts=True)
     loaded = load(network)
     say(f"Network {network.model}, layer {', '.join(layer)}.")
     with tentative(home_of(out), *LISTED_PARTS.values()) as lists:
@@ -182,9 +189,12 @@ def layers(
     """
     from PIL import Image
 
+    from unbraid.images.sources import refuse_absent
     from unbraid.networks.layers import no_layers
     from unbraid.scanning.scan import usable_in, usable_layers
 
+    if data is not None:
+        refuse_absent(data)
     rows = [["layer", "kind", "in", "out", "kernel", "groups"]]
     loaded = load(Network(model=model, weights=weights, output=output, device="cpu"))
     if data is None:
@@ -227,13 +237,16 @@ def scan(
             shards (FILE.tar, a folder of them, train-{000..012}.tar, a URL); hf:FOLDER; or
             FILE.py:FUNCTION.
     """
+    options = options.checked()
     from unbraid.base.team import is_first
-    from unbraid.images.dataset import name_of
     from unbraid.images.kept import LISTED, tentative
+    from unbraid.images.sources import refuse_source
+    from unbraid.images.which import name_of
     from unbraid.scanning.accuracy import LONG
     from unbraid.scanning.targets import read_target
 
     sought = read_target(target)
+    refuse_source(data, out, in_parts=False)
     loaded = load(network)
     with tentative(out, LISTED) as lists:
         images = open_images(loaded, data, next(iter(lists), None), of_outputs=sought.of_class)
@@ -286,6 +299,7 @@ def find(
     scan: ScanPaths, *, tau: Tau = 0.03, finding: Finding = Finding(), out: CsvFile = None
 ) -> None:
     """Find the polysemantic channels in a scan of training images."""
+    plain_thresholds(tau, finding.p, finding.gamma)
     from unbraid.scanning.accuracy import describe_fit, scanned_accuracy
 
     refuse_result(out)
@@ -334,6 +348,8 @@ def split(
         rho: Use this rho for the published rule. Without it, rho is chosen per channel, which takes
             a scan with --positions.
     """
+    plain_thresholds(tau, finding.p, finding.gamma)
+    check_rho(rho)
     refuse_result(out)
     opened = unbraid.open_scan(scan)
     found = unbraid.find(opened, tau=tau, **finding.asked(), progress=True)
@@ -376,12 +392,14 @@ def reproduce(
         batch_size: Images per forward pass. By default as many as memory holds for sure.
         workers: Processes that load images.
     """
+    loading = ScanOptions(batch_size=batch_size, workers=workers, progress=True).checked()
+    from unbraid.images.sources import refuse_source
     from unbraid.running import reproduce
     from unbraid.running.folders import holds_results
 
+    refuse_source(str(imagenet / "train"), out / "scan-train", in_parts=False)
     loaded = load(Network(model=reproduce.MODEL, weights=weights, device=device, names=names))
     images = open_images(loaded, str(imagenet / "train"))
-    loading = ScanOptions(batch_size=batch_size, workers=workers, progress=True)
     made = unbraid.scan(loaded.model, reproduce.LAYER, images, out / "scan-train", **vars(loading))
     found = unbraid.find(made, tau=0.03, p=0.75, gamma=0.5)
     # Those of a run in the same folder, with thresholds of its own, stay.

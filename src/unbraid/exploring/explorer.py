@@ -29,9 +29,10 @@ from unbraid.exploring.bench import alone, lay_out, measure, nothing_found, part
 from unbraid.exploring.opened import WHOLE, Opened
 from unbraid.exploring.shown import Plain
 from unbraid.images.broken import UNLABELLED, plain
-from unbraid.images.dataset import name_of, picture_of
+from unbraid.images.dataset import picture_of
 from unbraid.images.listing import ListedImages, Listing
 from unbraid.images.pictures import decode_picture
+from unbraid.images.which import name_of
 from unbraid.measuring.explain import ImageExplanation
 from unbraid.measuring.reference_images import ALIKE, ReferenceImages, reference_images
 from unbraid.measuring.results import ChannelEvaluation
@@ -332,7 +333,12 @@ class Explorer:
     def _run(self, name: str, picture: str, gates: Mapping[str, float]) -> Tensor:
         """Logits, (T,), or of another target its value, (1,)."""
         model2, layer = self._network(name), self.split(name).layer.name
-        image = self._inputs.made(picture, lambda: plain(self.seen(picture).dataset[0][0], 0))
+
+        def read() -> Tensor:
+            dataset = self.seen(picture).dataset
+            return plain(dataset[0][0], dataset, 0)
+
+        image = self._inputs.made(picture, read)
         images = image[None].to(device_of(model2))
         with undisturbed(model2), torch.no_grad(), ExitStack() as moved:
             for own, value in gates.items():

@@ -22,6 +22,7 @@ from unbraid.finding.arv import (
 )
 from unbraid.finding.clusters import search_clusters
 from unbraid.finding.cosine_intervals import MOST_JUDGED, with_chance
+from unbraid.finding.find_options import Tau
 from unbraid.finding.findings import (
     Concept,
     ConceptKind,
@@ -33,7 +34,6 @@ from unbraid.finding.findings import (
 from unbraid.finding.membership import find_images, first_free
 from unbraid.finding.pairs import pairs_of
 from unbraid.finding.thresholds import (
-    Tau,
     check_thresholds,
     choose_tau,
     nearest_findings,

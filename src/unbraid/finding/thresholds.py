@@ -6,22 +6,23 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import ROUND_FLOOR, Context
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from unbraid.base.arguments import real_number
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.progress import QUIET, Progress
 from unbraid.finding.arv import ClassSums, class_cosines, class_sums, shared_channels, uses
 from unbraid.finding.cosine_intervals import with_chance
+from unbraid.finding.find_options import Tau, plain_thresholds
 from unbraid.finding.findings import Candidate
 from unbraid.finding.membership import mean_responses
 from unbraid.finding.pairs import Pair, is_sure, pairs_of
 from unbraid.scanning.records import Scan
 
-Tau = float | Literal["auto"]
+ONE_CLASS = (
+    "All images are of one class, and a search among classes needs two; take concepts='clusters'."
+)
 
 # How these were chosen, and what other rules gave: docs/evidence-thresholds.md.
 N_MATTER = 10, 40  # channels that matter in a typical image at the highest and lowest tau tried
@@ -61,24 +62,7 @@ def check_thresholds(
     tau: Tau, p: float, gamma: float, min_share: float
 ) -> tuple[Tau, float, float]:
     """Return tau, p and gamma in plain types; raises UsageError."""
-    if isinstance(tau, str):
-        if tau != "auto":
-            raise UsageError(f"tau is {tau!r}; give a share such as 0.03, or 'auto'.")
-    else:
-        tau = real_number("tau", tau)
-        if not 0 < tau <= 1:
-            raise UsageError(f"tau is {tau:g}; a share must lie above 0 and not above 1.")
-        if tau < min_share:
-            raise UsageError(
-                f"tau is {tau:g}, but the scan keeps no share below {min_share:.15g}; raise tau or "
-                "scan again with a smaller min_share."
-            )
-    p, gamma = real_number("p", p), real_number("gamma", gamma)
-    if not 0 < p <= 1:
-        raise UsageError(f"p is {p:g}; a fraction of images must lie above 0 and not above 1.")
-    if not -1 <= gamma <= 1:
-        raise UsageError(f"gamma is {gamma:g}; a cosine must lie between -1 and 1.")
-    return tau, p, gamma
+    return plain_thresholds(tau, p, gamma, min_share, " or scan again with a smaller min_share")
 
 
 def choose_tau(scan: Scan, p: float, gamma: float, progress: Progress = QUIET) -> tuple[float, str]:
@@ -142,8 +126,7 @@ def typical_taus(scan: Scan) -> tuple[float, float, str]:
         return max(highest, least), max(lowest, least), ""
     note = (
         f"The tau chosen is the smallest share that the scan kept, {least:g}: fewer than "
-        f"{numbers[0]} channels of a typical image reach it; scan with a smaller min_share to go "
-        "lower."
+        f"{numbers[0]} channels of a typical image reach it."
     )
     return least, least, note
 
@@ -220,10 +203,12 @@ def nearest_findings(
     left = [candidate for channel, candidate in others.items() if channel not in passing]
     first = sorted(passing.values(), key=lambda c: (-c.tau, c.pair.cosine, c.pair.channel))
     first += sorted(left, key=lambda c: (c.pair.cosine, -c.tau, c.pair.channel))
+    if not first and len(scan.labels_seen()) < 2:
+        return ONE_CLASS, ()
     if not first:
         return (
-            f"No two classes use the same channel at any tau down to {_exact(least)}; lower p, or "
-            "scan with a smaller min_share."
+            f"No two classes use the same channel at any tau down to {_exact(least)}, the smallest "
+            "share that the scan kept; lower p."
         ), ()
     there = [c for c in first if c.pair.cosine < gamma or c.gamma < 1]  # others have one cause
     return _hint(first[0], gamma), _judged(scan, sums, there[:N_NEAREST])

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from unbraid.base.arguments import a_type
 from unbraid.base.errors import DataError, OutOfReach, UnfitPicture, brief, out_of_reach
 from unbraid.base.modes import callers_device
+from unbraid.images.which import holder_of, which_image
 
 UNLABELLED = -1  # in place of a label, where a data set has none
 _N_TRIED = 20  # images, in search of one that can be read
@@ -75,12 +76,13 @@ class Readable(Dataset[Loaded]):
         """Read one image."""
         try:
             image, label = read_pair(self.dataset, index)
-            return Loaded(index, plain(image, index), to_label(label, index))
+            image = plain(image, self.dataset, index)
+            return Loaded(index, image, to_label(label, self.dataset, index))
         except DataError as fault:
             return failed(index, fault.with_traceback(None))
         except Exception as error:  # which does not let itself be looked at
-            name = type(error).__name__
-            return failed(index, BrokenImage(f"Image {index} cannot be read ({name})."))
+            told = f"{_begin(self.dataset, index)} cannot be read ({type(error).__name__})."
+            return failed(index, BrokenImage(told))
 
 
 def first_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | None:
@@ -105,7 +107,6 @@ def largest_readable(dataset: Dataset[Any], indices: Sequence[int]) -> Tensor | 
 
 def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     """Read an image and its label, of any type; raises a BrokenImage or another DataError."""
-    name = f"Image {index} of the data set"
     before = sys.exception()  # what is being handled by now is no cause of what comes
     try:
         with callers_device():
@@ -115,6 +116,7 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     except DataError as error:
         raise BrokenImage(str(error)) from None
     except Exception as error:
+        name = _begin(dataset, index)
         if "re-initialize CUDA in forked subprocess" in brief(error):
             raise DataError(
                 f"{name} needs the accelerator, which worker processes cannot use; give images on "
@@ -123,8 +125,8 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
         broken = BrokenImage(f"{name} cannot be read ({brief(error)}).")
         raise (out_of_reach(name, error, before) or broken) from None
     is_pair = isinstance(item, Sequence) and not isinstance(item, (str, bytes)) and len(item) == 2
-    if item is None or (is_pair and item[0] is None):
-        raise BrokenImage(f"{name} is None.")
+    if item is None or (is_pair and item[0] is None and not _prepared(dataset, index)):
+        raise BrokenImage(f"{_begin(dataset, index)} is None.")
     if is_pair:
         return item[0], item[1]
     what = f"a {type(item).__name__}"
@@ -133,12 +135,24 @@ def read_pair(dataset: Dataset[Any], index: int) -> tuple[Any, Any]:
     elif isinstance(item, (list, tuple)):
         what += f" of {len(item)}"
     raise DataError(
-        f"The data set gives {what} for image {index}, not an image and its label; let its "
-        "__getitem__ return (image, label), or use unbraid.from_hugging_face."
+        f"The data set gives {what} for {which_image(dataset, index)}, not an image and its label; "
+        "let its __getitem__ return (image, label), or use unbraid.from_hugging_face."
     )
 
 
-def to_label(label: Any, index: int) -> int:
+def _prepared(dataset: Dataset[Any], index: int) -> bool:
+    """Whether an image is what a preprocessing made of a file, so that the file is not to blame."""
+    held = holder_of(dataset, index, "listed_in")
+    return held is not None and getattr(held[0], "transform", None) is not None
+
+
+def _begin(dataset: Dataset[Any], index: int) -> str:
+    """Name an image as the first words of a sentence."""
+    name = which_image(dataset, index)
+    return f"I{name[1:]}"
+
+
+def to_label(label: Any, dataset: Dataset[Any], index: int) -> int:
     """Make a number of a label of any type."""
     try:
         label = label.detach() if isinstance(label, Tensor) else label
@@ -150,19 +164,26 @@ def to_label(label: Any, index: int) -> int:
     shape = tuple(getattr(label, "shape", ()))
     of_shape = f"it is of shape {shape}; " if shape else ""
     raise DataError(
-        f"The label of image {index} is {a_type(label)}, not a class's number; {of_shape}"
+        f"The label of {which_image(dataset, index)} is {a_type(label)}, not a class's number; "
+        f"{of_shape}"
         f"give one image and one number at a time, {UNLABELLED} where none is known (and scan with "
         "labels='predicted'), and unbraid.one_per_label(dataset) where an image has several."
     )
 
 
-def plain(image: Any, index: int) -> Tensor:
+def plain(image: Any, dataset: Dataset[Any], index: int) -> Tensor:
     """Bring an image to the processor, as numbers alone: no gradient, no type of its own."""
     kind = type(image).__name__
+    if not isinstance(image, Tensor) and _prepared(dataset, index):
+        raise DataError(
+            f"The preprocessing returned {a_type(image)} where a tensor is wanted, for "
+            f"{which_image(dataset, index)}; let it return a tensor."
+        )
     if not isinstance(image, Tensor):
         is_picture = isinstance(image, (Image.Image, np.ndarray))
         remedy = "give the data set a transform" if is_picture else "let it give (image, label)"
-        raise DataError(f"Image {index} is {a_type(image)}, not a tensor; {remedy}.")
+        name = _begin(dataset, index)
+        raise DataError(f"{name} is {a_type(image)}, not a tensor; {remedy}.")
     is_odd = image.is_nested or image.layout != torch.strided or image.device.type == "meta"
     if not (is_odd or image.is_complex() or image.is_quantized):
         with suppress(Exception), torch.no_grad():  # of a type of anyone's own
@@ -173,6 +194,6 @@ def plain(image: Any, index: int) -> Tensor:
     layout = "nested" if image.is_nested else str(image.layout).removeprefix("torch.")
     numbers = str(image.dtype).removeprefix("torch.")
     raise DataError(
-        f"Image {index} is a {layout} {kind} of {numbers} on device {image.device.type}; let the "
-        "data set give plain tensors of real numbers."
+        f"{_begin(dataset, index)} is a {layout} {kind} of {numbers} on device "
+        f"{image.device.type}; let the data set give plain tensors of real numbers."
     )

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -16,33 +14,12 @@ from unbraid.base.errors import DataError, UnbraidError, UsageError, brief
 from unbraid.base.modes import drawing_alike
 from unbraid.images.broken import UNLABELLED, BrokenImage, read_pair, to_label
 from unbraid.images.mapped import Chosen, Numbers, Texts
+from unbraid.images.which import Around, holder_of, own, step_into
 
 One = TypeVar("One")
 
 N_TRIED = 16  # images, evenly spaced, that stand for all
-_READERS = ("picture", "file_tensor")  # by index
 _OF_LABELS = ("targets", "labels", "_labels")
-
-
-class Around(Dataset[tuple[Any, int]]):
-    """A data set around another, `dataset`, which gives what this one does not have itself."""
-
-    dataset: Any
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.dataset)
-
-    def __getattr__(self, name: str) -> Any:
-        """Give what else the data set has."""
-        if name == "dataset":  # not yet there, as in a copy being made
-            raise AttributeError(name)
-        kept = getattr(self.dataset, name)
-        return (lambda index: kept(self.source(index))) if name in _READERS else kept
-
-    def source(self, index: int) -> int:
-        """Return the index in `dataset` of an image of this one."""
-        return index
 
 
 def size_of(dataset: Dataset[Any]) -> int:
@@ -78,15 +55,6 @@ def inner_of(dataset: Dataset[Any]) -> list[Dataset[Any]]:
     return found
 
 
-def own(dataset: Dataset[Any], name: str) -> tuple[bool, Any]:
-    """Look up what a data set keeps itself, not what it passes on: whether it does, and what."""
-    try:
-        inspect.getattr_static(dataset, name)
-        return True, getattr(dataset, name)
-    except AttributeError:
-        return False, None
-
-
 def own_list(dataset: Dataset[Any], name: str) -> Sequence[Any] | None:
     """Return a list with an entry for each image that a data set keeps itself, None without."""
     kept = own(dataset, name)[1]
@@ -102,29 +70,6 @@ def own_list(dataset: Dataset[Any], name: str) -> Sequence[Any] | None:
             "each image."
         )
     return list(kept)
-
-
-def step_into(dataset: Dataset[Any], index: int) -> tuple[Dataset[Any], int] | None:
-    """Go one step towards where an image comes from; None where it is not known."""
-    if isinstance(dataset, Subset):
-        return dataset.dataset, int(dataset.indices[index])
-    if isinstance(dataset, ConcatDataset):
-        part = bisect_right(dataset.cumulative_sizes, index)
-        before = dataset.cumulative_sizes[part - 1] if part else 0
-        return dataset.datasets[part], index - before
-    if isinstance(dataset, Around):
-        return dataset.dataset, dataset.source(index)
-    return None
-
-
-def holder_of(dataset: Dataset[Any], index: int, *names: str) -> tuple[Any, int] | None:
-    """Find the outermost data set that keeps one of these for an image, and its index there."""
-    here: tuple[Dataset[Any], int] | None = (dataset, index)
-    while here is not None:
-        if any(own(here[0], name)[1] is not None for name in names):
-            return here
-        here = step_into(*here)
-    return None
 
 
 def all_hold(dataset: Dataset[Any], name: str) -> bool:
@@ -182,7 +127,7 @@ def labels_of(dataset: Dataset[Any], needed: bool = True) -> Sequence[int]:
     broken: list[str] = []
     for index in range(len(labels)):
         try:
-            labels[index] = to_label(read_pair(dataset, index)[1], index)
+            labels[index] = to_label(read_pair(dataset, index)[1], dataset, index)
         except BrokenImage as error:
             broken.append(str(error))
     if len(broken) == len(labels):
@@ -200,7 +145,8 @@ def listed_labels(dataset: Dataset[Any]) -> Sequence[int] | None:
             change = _target_transform(dataset)
             if kept and change is None and _is_raw(kept[0]):
                 return None
-            return [to_label(change(one) if change else one, i) for i, one in enumerate(kept)]
+            made = map(change, kept) if change else kept
+            return [to_label(one, dataset, i) for i, one in enumerate(made)]
     return gathered(dataset, listed_labels, *_OF_LABELS)
 
 
@@ -285,15 +231,6 @@ def _group_keys(dataset: Dataset[Any]) -> Sequence[Any] | None:
 
 
 # --- names and pictures ---------------------------------------------------------------------------
-
-
-def name_of(dataset: Dataset[Any], index: int) -> str:
-    """Name an image for people: its file or id, or its index in a data set that has neither."""
-    held = holder_of(dataset, index, "samples", "ids")
-    if held is None:
-        return f"image {index}"
-    samples, ids = own(held[0], "samples")[1], own(held[0], "ids")[1]
-    return str(ids[held[1]] if samples is None else samples[held[1]][0])
 
 
 def picture_of(dataset: Dataset[Any], index: int) -> Image.Image | None:

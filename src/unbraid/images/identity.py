@@ -32,12 +32,12 @@ from unbraid.images.dataset import (
     groups_of,
     inner_of,
     is_known,
-    own,
     own_list,
     spaced,
 )
 from unbraid.images.listing import look_at, seen_from
 from unbraid.images.mapped import Numbers, Texts, in_bytes
+from unbraid.images.which import own
 
 N_HASHES = 2**64
 
@@ -143,7 +143,8 @@ def _content(dataset: Dataset[Any], index: int) -> bytes:
         return b""
     if not isinstance(image, Tensor):
         return b""
-    return plain(image, index).contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    numbers = plain(image, dataset, index).contiguous().flatten()
+    return numbers.view(torch.uint8).numpy().tobytes()
 
 
 def sizes_of(dataset: Dataset[Any]) -> Sequence[int] | None:

@@ -136,7 +136,7 @@ class ListedImages(Dataset[tuple[Any, int]]):
         )
         self.classes = list(class_names) or show_names(reading, {}, known.seen)
         self.ids, self.sizes, self.groups = listing.ids, listing.sizes, listing.groups
-        self.transform, self.divided = transform, listing.divided
+        self.transform, self.divided, self.listed_in = transform, listing.divided, listing.source
         self._read = listing.read
         self.of_tensors = listing.of_tensors
         self.unprepared = False  # whether tensors are not as a network was given them

@@ -31,6 +31,7 @@ from unbraid.images.lists import CSV, PARQUET, list_rows, list_saved, list_table
 from unbraid.images.mapped import Texts, distinct
 from unbraid.images.own import is_own, list_own, place_of
 from unbraid.images.pictures import EXTENSIONS, UNREAD
+from unbraid.images.sources import FILES, SAVED, part_of, refuse_absent
 from unbraid.images.tar import SHARD, is_compressed, is_url, list_shards
 from unbraid.images.tensors import TENSORS
 from unbraid.networks.class_names import output_names
@@ -40,9 +41,6 @@ from unbraid.networks.outputs import count_outputs
 
 if TYPE_CHECKING:
     import datasets
-
-SAVED = "hf:"
-_FILES = (*CSV, *PARQUET, SHARD)
 
 GivenOutputs = Sequence[str] | int | nn.Module
 
@@ -280,6 +278,7 @@ def images_of_run(
     The lists are kept in the files `listed`, by part, or in memory without; a source that is to be
     divided is listed once.
     """
+    refuse_absent(where)
     train_place, val_place = part_of(where, TRAIN), part_of(where, VAL)
     whole = undivided(train_place)
     if whole is None or not listed or where.startswith(SAVED):
@@ -349,7 +348,7 @@ def _list_others(where: str) -> Listing | None:
     if not is_folder and kind in (*CSV, *PARQUET):
         return list_table(path)
     if not is_folder and os.path.exists(where):
-        raise DataError(f"{where} is no source of images; name a folder or {', '.join(_FILES)}.")
+        raise DataError(f"{where} is no source of images; name a folder or {', '.join(FILES)}.")
     return None
 
 
@@ -367,27 +366,6 @@ def _holds_shards(folder: Path) -> bool:
             f"as {one_line(image.name)}; move one or the other elsewhere."
         )
     return True
-
-
-def part_of(where: str, part: str) -> str:
-    """Find the part "train" or "val" of a run's data: one file, such as train.csv, or a folder.
-
-    Where there is none, it is what `list_images` divides the data into.
-    """
-    root = Path(where.removeprefix(SAVED))
-    if where.startswith(SAVED):  # whose habit it is to say validation
-        names = [part, "validation"] if part == "val" else [part]
-        return SAVED + str(next((root / n for n in names if os.path.isdir(root / n)), root / part))
-    if not os.path.isdir(root):  # a list, or tar files, perhaps behind a URL
-        return f"{where.rstrip('/')}/{part}"
-    found = sorted(shown_in(root))
-    named = [p for p in found if p.stem == part and p.suffix.lower() in _FILES]
-    files = [path for path in named if os.path.isfile(path)]
-    if len(files) > 1:
-        raise DataError(f"{root} holds both {files[0].name} and {files[1].name}; keep one there.")
-    if files:  # a list of a folder's images stands beside it
-        return str(files[0])
-    return os.path.join(root, part)
 
 
 def absolute(where: str) -> str:

@@ -15,11 +15,12 @@ from unbraid.base.errors import DataError, UsageError
 from unbraid.base.own_code import call_function
 from unbraid.base.tables import count
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import class_names_of, group_names_of, holder_of, labels_of, size_of
+from unbraid.images.dataset import class_names_of, group_names_of, labels_of, size_of
 from unbraid.images.division import TRAIN, VAL, Divided, divide
 from unbraid.images.identity import ids_of, sizes_of
 from unbraid.images.listing import Items, Listing, make_listing
 from unbraid.images.mapped import distinct
+from unbraid.images.which import holder_of
 
 _MARK = ".py:"
 _named: set[str] = set()  # what was named in this process, not by a folder

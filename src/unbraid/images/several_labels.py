@@ -11,17 +11,10 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, UsageError
 from unbraid.base.tables import one_line
-from unbraid.images.dataset import (
-    Around,
-    groups_of,
-    inner_of,
-    is_known,
-    own,
-    size_of,
-    step_into,
-)
+from unbraid.images.dataset import groups_of, inner_of, is_known, size_of
 from unbraid.images.identity import ids_of
 from unbraid.images.listing import ListedImages
+from unbraid.images.which import Around, own, step_into, which_image
 
 
 class OnePerLabel(Around):
@@ -76,7 +69,7 @@ def one_per_label(dataset: Dataset[Any]) -> OnePerLabel:
             "for each image."
         )
     told = listed if listed is not None else (dataset[k][1] for k in range(size_of(dataset)))
-    several = [_numbers(labels, k) for k, labels in enumerate(told)]
+    several = [_numbers(labels, dataset, k) for k, labels in enumerate(told)]
     if not any(several):
         raise DataError("No image of the data set has a label; give some.")
     return OnePerLabel(dataset, several)
@@ -180,7 +173,7 @@ def _image_of(dataset: Dataset[Any], index: int) -> tuple[int, int | str] | None
     return None
 
 
-def _numbers(labels: Any, index: int) -> list[int]:
+def _numbers(labels: Any, dataset: Dataset[Any], index: int) -> list[int]:
     """Numbers of an image's labels, in order."""
     hint = "give zeros and ones, a tensor of one for each class, or a list of numbers of classes"
     try:
@@ -193,5 +186,6 @@ def _numbers(labels: Any, index: int) -> list[int]:
         if any(number < 0 for number in numbers) or any(int(one) != one for one in labels):
             raise TypeError
     except (TypeError, ValueError):
-        raise DataError(f"The labels of image {index} are no several labels; {hint}.") from None
+        name = which_image(dataset, index)
+        raise DataError(f"The labels of {name} are no several labels; {hint}.") from None
     return numbers

@@ -24,6 +24,7 @@ from unbraid.finding.findings import Concept
 from unbraid.finding.membership import Members, name_of
 from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
+from unbraid.images.which import images_named
 from unbraid.measuring.replay import Replay, replaying
 from unbraid.measuring.results import (
     Ablation,
@@ -100,6 +101,7 @@ def ablate(
     n_images = size_of(dataset)
     chosen = chosen_indices(indices, n_images)
     with (
+        images_named(dataset),
         undisturbed(model2),
         torch.inference_mode(False),  # where torch would not count what is written into
         torch.no_grad(),

@@ -20,6 +20,7 @@ from unbraid.finding.membership import name_of
 from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import class_names_of, size_of
+from unbraid.images.which import images_named
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.outputs import check_labels, run_network
 from unbraid.networks.relevance import undisturbed
@@ -137,6 +138,7 @@ def compare_before_after(
     device = device_of(model)
     seen: list[_Seen] = []
     with (
+        images_named(dataset),
         undisturbed(model),
         undisturbed(edited),
         torch.no_grad(),

@@ -17,6 +17,7 @@ from unbraid.base.modes import in_plain_modes
 from unbraid.images.batches import Batch, image_progress, in_batches, read_images
 from unbraid.images.broken import UNLABELLED
 from unbraid.images.dataset import size_of
+from unbraid.images.which import images_named
 from unbraid.networks.copying import device_of, unwrap
 from unbraid.networks.outputs import alike_wide, as_rows, holds_logits, run_network, run_raw
 from unbraid.networks.preflight import refuse_unsteady
@@ -127,6 +128,7 @@ def compare_outputs(
     model, model2 = unwrap(model), unwrap(model2)
     device, sums = device_of(model), OutputSums(model, tolerance, read_target(target))
     with (
+        images_named(dataset),
         undisturbed(model),
         undisturbed(model2),
         in_force(model2),
@@ -152,7 +154,9 @@ def _refuse_broken_original(logits: Tensor, index: Tensor) -> None:
     """Raise if it is the original that gives no numbers, so that the split is not blamed for it."""
     wrong = ~logits.isfinite().all(1).cpu()
     if wrong.any():
-        raise OutputChangedError(
-            f"The original network's own logits of image {int(index[wrong][0])} are nan or "
-            "infinite, so nothing can be compared with them; check the image and the weights."
+        raise OutputChangedError.of_image(
+            "The original network's own logits of",
+            int(index[wrong][0]),
+            "are nan or infinite, so nothing can be compared with them; check the image and the "
+            "weights.",
         )

@@ -158,15 +158,17 @@ def ready(encoder: Encoder) -> Iterator[Encode]:
         if n_dimensions is None and len(shape) == 2:
             n_dimensions = shape[1]
         if not n_dimensions or shape != (len(images), n_dimensions):
-            raise ModelError(
-                f"The encoder gives {shape} for {len(images)} images from image {int(index[0])} "
-                "on, not one embedding for each, all equally long; wrap it so that it does."
+            raise ModelError.of_image(
+                f"The encoder gives {shape} for {len(images)} images from",
+                int(index[0]),
+                "on, not one embedding for each, all equally long; wrap it so that it does.",
             )
         wrong = ~embeddings.isfinite().all(1).cpu()
         if wrong.any():
-            raise ModelError(
-                f"The encoder gives NaN or infinite numbers for image {int(index[wrong][0])}; check"
-                " the image, its preprocessing and the encoder's weights."
+            raise ModelError.of_image(
+                "The encoder gives NaN or infinite numbers for",
+                int(index[wrong][0]),
+                "; check the image, its preprocessing and the encoder's weights.",
             )
         return embeddings.detach().cpu()
 

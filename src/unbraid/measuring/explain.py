@@ -21,6 +21,7 @@ from unbraid.base.errors import ModelError, UsageError, brief, nearest
 from unbraid.base.tables import Table, Tabular, figure, one_line
 from unbraid.finding.findings import Concept
 from unbraid.finding.membership import name_of
+from unbraid.images.which import image_named
 from unbraid.measuring.heatmap import heatmap
 from unbraid.measuring.where import grid_of, grids_seen
 from unbraid.networks.copying import device_of
@@ -220,7 +221,8 @@ def explain_images(
             x = image[None].to(device_of(model2))
             if number == 0:
                 refuse_unsteady(model2, x)
-            wanted, logits, measured = _measure(model2, layer, x, classes, class_names, target)
+            with image_named(name):
+                wanted, logits, measured = _measure(model2, layer, x, classes, class_names, target)
             names = tuple(name_of(class_names, t) for t in wanted) or (target.name,)
             explained = ImageExplanation(
                 image=name,

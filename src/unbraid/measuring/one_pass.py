@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from unbraid.base.errors import ModelError
 from unbraid.images.batches import image_progress, in_batches, read_images
 from unbraid.images.dataset import class_names_of, size_of
+from unbraid.images.which import images_named
 from unbraid.measuring.ablate import Ablating, ablating
 from unbraid.measuring.compare import OutputComparison, OutputSums
 from unbraid.measuring.encoders import NO_FEATURES, Penultimate, ready
@@ -85,6 +86,7 @@ def pass_once(
         off = ablating(model2, size_of(dataset), None, channels, scan, target)
         title = "Comparing outputs, switching channels off"
     with (
+        images_named(dataset),
         undisturbed(model),
         undisturbed(model2),
         in_force(model2),
@@ -105,7 +107,8 @@ def pass_once(
             own = None
             if encoder is not None and not fault:
                 try:
-                    embeddings += embed(batch).unbind()
+                    with images_named(dataset):
+                        embeddings += embed(batch).unbind()
                     own = logits
                 except ModelError as error:  # a network may have no features of its own
                     fault, embeddings = str(error), []

@@ -21,6 +21,7 @@ from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.images.batches import image_progress, in_batches
 from unbraid.images.dataset import labels_of, size_of
+from unbraid.images.which import images_named, which_image
 from unbraid.measuring.encoders import Encoder, load_batches, load_encoder, name_of_encoder, ready
 from unbraid.measuring.likeness import ChannelSemantics, Likeness, Semantics
 from unbraid.measuring.reference_images import TopImages, reference_images, shards_of
@@ -96,11 +97,13 @@ def measure_semantics(
         batches = [b for own in looked.shards() for b in in_batches(own, batch_size)]
         loaded = load_batches(encoder, dataset, batches, workers, advance)
         rows = (row for batch in loaded for row in encode(batch))
-        scores, whole = looked.embed(rows)
-        next(rows, None)  # so that the last batch is counted
+        with images_named(dataset):
+            scores, whole = looked.embed(rows)
+            next(rows, None)  # so that the last batch is counted
         loaded = load_batches(encoder, crops, in_batches(range(len(crops)), batch_size), workers)
         rows = (row for batch in loaded for row in encode(batch))
-        cut = dict(zip(looked.boxes, rows, strict=True))
+        with images_named(crops):
+            cut = dict(zip(looked.boxes, rows, strict=True))
     return looked.judge(name_of_encoder(encoder), scores, whole, cut)
 
 
@@ -335,6 +338,7 @@ class _Crops(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, dataset: Dataset[Any], parts: Sequence[tuple[int, Box]]) -> None:
         self.dataset, self.parts = dataset, parts
+        self.ids = [which_image(dataset, index).removeprefix("image ") for index, _ in parts]
 
     def __len__(self) -> int:
         return len(self.parts)

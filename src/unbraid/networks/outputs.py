@@ -344,17 +344,17 @@ def check_labels(label: Tensor, index: Tensor, logits: Tensor) -> None:
     """Raise DataError if a label names no output of the network; `index` says whose it is."""
     wrong = (label < 0) | (label >= logits.shape[1])
     if wrong.any():
-        raise DataError(
-            f"Image {int(index[wrong][0])} has label {int(label[wrong][0])}, but the network has "
-            f"{logits.shape[1]} outputs; labels must name outputs."
-        )
+        told = f"has label {int(label[wrong][0])}, but the network has {logits.shape[1]} outputs"
+        raise DataError.of_image("", int(index[wrong][0]), f"{told}; labels must name outputs.")
 
 
 def refuse_broken_values(values: Tensor, index: Tensor) -> None:
     """Raise ModelError if what was computed of an image is not finite, N first in `values`."""
     wrong = ~values.flatten(1).isfinite().all(1).cpu()
     if wrong.any():
-        raise ModelError(
-            f"Image {int(index[wrong][0])} drives the network to NaN or infinite values or "
-            "gradients; check the image, its preprocessing and the weights."
+        raise ModelError.of_image(
+            "",
+            int(index[wrong][0]),
+            "drives the network to NaN or infinite values or gradients; check the image, its "
+            "preprocessing and the weights.",
         )

@@ -9,8 +9,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, UsageError
-from unbraid.images.dataset import Around, size_of
+from unbraid.images.dataset import size_of
 from unbraid.images.identity import ids_of
+from unbraid.images.which import Around
 from unbraid.reporting.pictures import Sight, open_picture, sight_of
 from unbraid.scanning.records import Scan
 

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import UsageError
 from unbraid.images.broken import first_readable
-from unbraid.images.dataset import holder_of
 from unbraid.images.listing import ListedImages
+from unbraid.images.which import holder_of
 
 # A signal is drawn as lines if it is long beside its channels; these are the most, and how long.
 _MOST_LINES, _TIMES = 16, 8

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 
 from unbraid.base.arguments import as_path, flag, whole_number
 from unbraid.base.errors import DataError, UsageError
@@ -26,7 +26,8 @@ from unbraid.base.names import file_names
 from unbraid.base.tables import Tabular, one_line
 from unbraid.images.batches import in_batches, load
 from unbraid.images.broken import plain
-from unbraid.images.dataset import class_names_of, name_of, size_of
+from unbraid.images.dataset import class_names_of, size_of
+from unbraid.images.which import name_of
 from unbraid.measuring.explain import ImageExplanation, Response, explain_images
 from unbraid.networks.copying import unwrap
 from unbraid.networks.given import as_batch
@@ -184,7 +185,7 @@ _Named = Iterator[tuple[str, Tensor, Image.Image]]  # of each image its name, it
 
 def _of_tensor(images: Tensor, model2: nn.Module) -> _Named:
     for index, image in enumerate(as_batch(images, model2)):
-        own = plain(image, index)
+        own = plain(image, TensorDataset(images), index)
         yield f"image {index}", own, to_picture(own)
 
 

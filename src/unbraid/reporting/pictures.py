@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError, UsageError
 from unbraid.images.broken import plain
-from unbraid.images.dataset import holder_of, picture_of, size_of
+from unbraid.images.dataset import picture_of, size_of
 from unbraid.images.identity import preprocessing_of
+from unbraid.images.which import holder_of
 from unbraid.networks.spec import LayerSpec, respond
 from unbraid.reporting.drawing import bands_of, is_unprepared, tell_bands, to_picture
 from unbraid.reporting.view import Material, Page
@@ -194,7 +195,7 @@ def open_picture(dataset: Dataset[Any], index: int) -> Image.Image:
     picture = picture_of(dataset, index)
     image = dataset[index][0] if picture is None else picture
     if not isinstance(image, Image.Image):
-        image = to_picture(plain(image, index), bands_of(dataset, index))
+        image = to_picture(plain(image, dataset, index), bands_of(dataset, index))
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 

@@ -23,15 +23,16 @@ from unbraid.base.errors import DataError, RunError, UsageError
 from unbraid.base.files import refuse_file, remove_leftovers, write_new, write_whole
 from unbraid.base.schema import build, in_range, read_json, unread
 from unbraid.base.tables import csv_text
+from unbraid.finding.find_options import Tau
 from unbraid.finding.findings import COLUMNS, ConceptKind, Findings
-from unbraid.finding.thresholds import Tau
 from unbraid.images.dataset import Relabelled, lie_at, listed_labels, size_of
 from unbraid.images.identity import ids_of
 from unbraid.images.kept import LISTED, LISTED_PARTS
 from unbraid.images.labels import Outputs, read_classes
 from unbraid.images.listing import ListedImages
-from unbraid.images.open import SAVED, list_images, part_of
+from unbraid.images.open import list_images
 from unbraid.images.own import refuse_own
+from unbraid.images.sources import SAVED, part_of
 from unbraid.images.tar import is_url
 from unbraid.networks.models import LoadedModel
 from unbraid.reporting.drawing import draw_by

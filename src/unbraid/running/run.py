@@ -19,11 +19,13 @@ from unbraid.base.files import set_aside, write_whole
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.tables import count
 from unbraid.finding.find import find
-from unbraid.finding.thresholds import check_thresholds
+from unbraid.finding.find_options import check_rho, plain_thresholds
+from unbraid.finding.thresholds import ONE_CLASS
 from unbraid.images.broken import UNLABELLED, Loaded, first_readable
-from unbraid.images.dataset import class_names_of, listed_labels, name_of, size_of
+from unbraid.images.dataset import class_names_of, listed_labels, size_of
 from unbraid.images.mapped import distinct
 from unbraid.images.sample import SIZES
+from unbraid.images.which import images_named, name_of
 from unbraid.measuring.encoders import Encoder, Penultimate, load_batches, load_encoder, ready
 from unbraid.measuring.evaluate import evaluate
 from unbraid.measuring.results import Evaluation
@@ -43,7 +45,7 @@ from unbraid.scanning.records import Scan
 from unbraid.scanning.scan import scan_into
 from unbraid.scanning.scan_options import MAX_PLACES, MIN_SHARE, Labels, Loading
 from unbraid.scanning.targets import LABEL, GivenTarget, Scalar, read_target
-from unbraid.splitting.split import check_rho, split
+from unbraid.splitting.split import split
 from unbraid.splitting.splits import Split
 from unbraid.surgery.apply import apply, check_in_force
 from unbraid.visualizing.features import INDEX, Features
@@ -301,7 +303,7 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     The network is run on one image, to see that each layer can be scanned, split and switched off.
     What else may be wrong with images, the scans tell at their beginning.
     """
-    check_thresholds(job.thresholds.tau, job.thresholds.p, job.thresholds.gamma, MIN_SHARE)
+    plain_thresholds(job.thresholds.tau, job.thresholds.p, job.thresholds.gamma, MIN_SHARE)
     check_rho(job.thresholds.rho)
     target = read_target(job.target)
     without = "a target" if target.value is None else "labels" if job.labels == "none" else ""
@@ -310,6 +312,9 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
             f"Without {without} there are no classes to find concepts of; ask for "
             "concepts='clusters'."
         )
+    by_class = job.labels == "given" and job.thresholds.concepts == "classes"
+    if by_class and len(distinct(listed_labels(job.train) or ()) - {UNLABELLED}) == 1:
+        raise UsageError(ONE_CLASS)
     _check_places(job)
     for folder in places.values():
         for own in folders.results_in(folders.home_of(folder)):
@@ -319,7 +324,7 @@ def prepare(job: Job, places: Mapping[str, Path]) -> Encoder:
     if job.encoder is None:
         return Penultimate(job.model)
     encoder = load_encoder(job.encoder, device=str(device_of(job.model)))
-    with ready(encoder) as encode:
+    with ready(encoder) as encode, images_named(job.val):
         for index in range(min(_N_TRIED, size_of(job.val))):
             with suppress(DataError):  # a scan tells of broken images, or leaves them out
                 encode(next(load_batches(encoder, job.val, [[index]], 0)))

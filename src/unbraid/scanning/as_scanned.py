@@ -9,8 +9,9 @@ from torch.utils.data import Dataset
 
 from unbraid.base.errors import DataError
 from unbraid.images.broken import UNLABELLED
-from unbraid.images.dataset import Around, labels_of, lie_at
+from unbraid.images.dataset import labels_of, lie_at
 from unbraid.images.identity import ids_of
+from unbraid.images.which import Around
 from unbraid.scanning.records import Scan
 
 

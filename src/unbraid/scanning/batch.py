@@ -217,10 +217,9 @@ def _labels(
         label = torch.tensor(given, dtype=torch.int64)
     wrong = [] if target.of_class else ((label < 0) | (label >= most)).nonzero()[:, 0].tolist()
     if wrong:
-        raise DataError(
-            f"Image {items[wrong[0]].index} has label {int(label[wrong[0]])}; number classes from "
-            f"0 on, fewer than {most:,}, or scan with labels='none'."
-        )
+        told = f"has label {int(label[wrong[0]])}; number classes from 0 on, fewer than {most:,}"
+        about = items[wrong[0]].index, f"{told}, or scan with labels='none'."
+        raise DataError.of_image("", *about)
     return label, prediction
 
 

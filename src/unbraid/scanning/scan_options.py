@@ -9,7 +9,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal, TypedDict, get_args
+from typing import Annotated, Any, Literal, Self, TypedDict, get_args
 
 from cyclopts import Parameter
 
@@ -49,6 +49,14 @@ class Loading:
     workers: int = 0
     skip_broken: bool = False
 
+    def checked(self) -> Self:
+        """Bring the options to plain types; UsageError if one is wrong."""
+        plain: dict[str, Any] = {"workers": whole_number("workers", self.workers, 0, MAX_WORKERS)}
+        plain["skip_broken"] = flag("skip_broken", self.skip_broken)
+        if self.batch_size is not None:
+            plain["batch_size"] = whole_number("batch_size", self.batch_size, 1)
+        return replace(self, **plain)
+
 
 @Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +92,7 @@ class ScanOptions(Loading):
     places: int = 0
     prefix_tokens: int | None = None
 
-    def checked(self) -> ScanOptions:
+    def checked(self) -> Self:
         """Bring the options to plain types, lists in order; UsageError if one is wrong."""
         if self.labels not in get_args(Labels):
             raise UsageError(f"labels is {self.labels!r}; use 'given', 'predicted' or 'none'.")
@@ -101,8 +109,6 @@ class ScanOptions(Loading):
         for name in ("classes", "indices"):
             if getattr(self, name) is not None:
                 plain[name] = tuple(sorted(set(whole_numbers(name, getattr(self, name)))))
-        if self.batch_size is not None:
-            plain["batch_size"] = whole_number("batch_size", self.batch_size, 1)
         if self.threads is not None:
             plain["threads"] = whole_number("threads", self.threads, 1, MAX_THREADS)
         plain["places"] = whole_number("places", self.places, 0, MAX_PLACES)
@@ -112,7 +118,6 @@ class ScanOptions(Loading):
             )
             if not plain["places"]:
                 raise UsageError("prefix_tokens is for places; ask for some with places=1000.")
-        plain["workers"] = whole_number("workers", self.workers, 0, MAX_WORKERS)
         source = {} if self.source is None else self.source
         try:
             plain["source"] = parse_json(json.dumps(source, allow_nan=False))
@@ -123,7 +128,7 @@ class ScanOptions(Loading):
             ) from None
         if not isinstance(plain["source"], dict):
             raise UsageError(f"source is {a_type(source)}; give a dictionary, or None.")
-        return replace(self, **plain)
+        return replace(super().checked(), **plain)
 
 
 def in_command_words(text: str) -> str:

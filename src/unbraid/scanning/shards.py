@@ -35,6 +35,7 @@ from unbraid.images.dataset import groups_of, labels_of, listed_labels
 from unbraid.images.identity import fingerprint, ids_of, pack_ids
 from unbraid.images.mapped import Numbers
 from unbraid.images.several_labels import repeats
+from unbraid.images.which import images_named
 from unbraid.networks.copying import device_of
 from unbraid.networks.formats import kept_channels_last
 from unbraid.networks.layers import bias_of, weight_rows
@@ -181,6 +182,7 @@ def scan_shards(
     show = options.progress and team.first
     with ExitStack() as stack:
         advance = stack.enter_context(image_progress(title, len(indices), n_done, show=show))
+        stack.enter_context(images_named(dataset))
         stack.enter_context(deaths_told())
         stack.enter_context(undisturbed(model))
         if same.channels_last:
@@ -356,10 +358,8 @@ def _check_labels_agree(items: Sequence[Loaded], labels: Sequence[int]) -> None:
     """Raise if an image comes with another label than the data set's list has for it."""
     for item in items:
         if item.label != labels[item.index]:
-            raise DataError(
-                f"Image {item.index} comes with label {item.label}, but the data set lists "
-                f"{labels[item.index]} for it; make the two agree."
-            )
+            told = f"comes with label {item.label}, but the data set lists {labels[item.index]}"
+            raise DataError.of_image("", item.index, f"{told} for it; make the two agree.")
 
 
 def take_over(

@@ -99,9 +99,11 @@ class Scalar:
             )
         wrong = ~value.detach().isfinite().cpu()
         if wrong.any():
-            raise ModelError(
-                f"The target {self.name!r} of image {int(index[wrong][0])} is NaN or infinite; "
-                "check the image, its preprocessing, the weights and the target."
+            raise ModelError.of_image(
+                f"The target {self.name!r} of",
+                int(index[wrong][0]),
+                "is NaN or infinite; check the image, its preprocessing, the weights and the "
+                "target.",
             )
         return value
 

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from unbraid.base.arguments import as_kind, real_number
+from unbraid.base.arguments import as_kind
 from unbraid.base.errors import UsageError
 from unbraid.base.modes import in_plain_modes
 from unbraid.base.progress import Progress
 from unbraid.base.tables import count
 from unbraid.finding.arv import averaged_relevance, class_sums, concept_mean
+from unbraid.finding.find_options import check_rho
 from unbraid.finding.findings import Findings
 from unbraid.finding.membership import Members, same_clusters
 from unbraid.scanning.records import Scan
@@ -137,14 +138,6 @@ def split(
         channels=tuple(parts),
         scans=made_from,
     )
-
-
-def check_rho(rho: float | None) -> float | None:
-    """Return rho in a plain type, None if it is to be chosen; raises UsageError."""
-    number = None if rho is None else real_number("rho", rho)
-    if number is not None and not 0 < number <= 1:
-        raise UsageError(f"rho is {number:g}; it must lie above 0 and not above 1.")
-    return number
 
 
 def _kept(
