@@ -49,9 +49,13 @@ FigureKind = Literal["teaser", "densities", "sources"]
 
 def report(run: RunPath, *, data: OwnData = None, bands: Bands = None) -> None:
     """Write a run's report again, for instance after an update of unbraid."""
+    from unbraid.base.progress import waiting
     from unbraid.running.finished import Run
 
-    show(f"Report: {Run(run, data, read_bands(bands)).report()}")
+    ran = Run(run, data, read_bands(bands))
+    with waiting("Measuring and writing the page"):
+        page = ran.report()
+    show(f"Report: {page}")
 
 
 def figure(
@@ -310,9 +314,11 @@ def suggest(run: RunPath, *, n: int = 10) -> None:
     Args:
         n: Channels of each kind, at most.
     """
+    from unbraid.base.progress import waiting
     from unbraid.running.finished import Run
 
-    evaluation = Run(run).evaluation
+    with waiting("Measuring"):
+        evaluation = Run(run).evaluation
     if evaluation is None or evaluation.ablation is None:
         why = "" if Run(run).settings.target != "none" else ", as it has no target"
         raise RunError(
@@ -347,6 +353,7 @@ def share(
         license_name: Licence of what you share, such as mit, for the card.
         pictures: Show your images on the page.
     """
+    from unbraid.base.progress import waiting
     from unbraid.running.finished import Run
     from unbraid.running.share import share_run
 
@@ -356,5 +363,7 @@ def share(
             "out."
         )
     words = {"data_name": data_name, "license_name": license_name}
-    files = share_run(Run(run, data, read_bands(bands)), out, **words, pictures=pictures)
+    ran = Run(run, data, read_bands(bands))
+    with waiting("Measuring and writing the page"):
+        files = share_run(ran, out, **words, pictures=pictures)
     show(f"Shared: {', '.join(map(str, files))}")

@@ -166,7 +166,11 @@ def channel_views(
     rows = [images for own in top.values() for images in (own.original, *own.concepts)]
     shown = {index for images in rows for index in images.index.tolist()}
     ids = scan.ids(shown | {first[0] for own in firsts.values() for first in own.values()})
-    sums = class_sums(train_scan, [], found.clusters) if train_scan else None
+    sums = None
+    if train_scan:  # of the clusters of these channels alone, as a page may show few of many
+        numbers = {n for part in split.channels for concept in part.concepts for n in concept}
+        used = {n: cluster for n, cluster in found.clusters.items() if n in numbers}
+        sums = class_sums(train_scan, [], used)
     there = set(sums.n_images.nonzero().flatten().tolist()) if sums else set()
     semantics = evaluation.semantics if evaluation else None
     ablation = evaluation.ablation if evaluation else None
