@@ -59,11 +59,46 @@ def name_of(names: Sequence[str], number: int) -> str:
 
 
 @dataclass(frozen=True, eq=False)
+class _Near:
+    """Images in which a channel responds, and the centre that is nearest to each."""
+
+    records: Records
+    cluster: Cluster  # one of the channel's
+    responds: Tensor  # (N,)
+    nearness: Tensor  # of those that respond, the cosine
+    nearest: Tensor  # the centre's place, -1 where nothing feeds the channel
+
+    def serves(self, records: Records, cluster: Cluster) -> bool:
+        """Whether the same comes out for a cluster of the same images."""
+        own = self.cluster
+        return (
+            (records is self.records and cluster.channel == own.channel)
+            and (cluster.centres is own.centres and cluster.origin is own.origin)
+            and cluster.least == own.least
+        )
+
+
+def _compare(scan: Scan, records: Records, cluster: Cluster) -> _Near:
+    """Compare what feeds a channel in each image with the centres of its clusters."""
+    channel = cluster.channel
+    response = mean_responses(scan, records.pooled, records.n_positions, [channel])
+    responds = response[:, 0] >= cluster.least
+    pooled = records.pooled[responds, scan.layer.group_of(channel)]
+    relevance = relevance_for_channel(scan, pooled, channel)
+    fed = relevance.norm(dim=1) > 0
+    if cluster.origin is not None:
+        relevance = relevance - cluster.origin.double()
+    nearness, nearest = (F.normalize(relevance, dim=1) @ cluster.centres.double().T).max(1)
+    return _Near(records, cluster, responds, nearness, nearest.where(fed, torch.tensor(-1)))
+
+
+@dataclass(frozen=True, eq=False)
 class Members:
     """The images of a scan by class and cluster; numbers that `clusters` lacks are classes."""
 
     scan: Scan
     clusters: Clusters = field(default_factory=dict)
+    _last: list[_Near] = field(default_factory=list, init=False, repr=False)
 
     def of(self, records: Records, number: int) -> Tensor:
         """Which images belong to a class or cluster, (N,)."""
@@ -78,18 +113,12 @@ class Members:
                 f"The clusters are of {whose}, but the scan is of {other}; pass a scan of {whose}"
                 f"{' (Scan.places)' if cluster.places else ''}."
             )
-        channel = cluster.channel
-        response = mean_responses(self.scan, records.pooled, records.n_positions, [channel])
-        member = response[:, 0] >= cluster.least
-        pooled = records.pooled[member, self.scan.layer.group_of(channel)]
-        relevance = relevance_for_channel(self.scan, pooled, channel)
-        fed = relevance.norm(dim=1) > 0
-        if cluster.origin is not None:
-            relevance = relevance - cluster.origin.double()
-        centres = cluster.centres.double()
-        nearness, nearest = (F.normalize(relevance, dim=1) @ centres.T).max(1)
-        own = (nearest == cluster.place) & (nearness >= cluster.alike) & fed
-        member[member.clone()] = own
+        # Clusters are asked for channel by channel, and those of one compare the same images.
+        if not (self._last and self._last[0].serves(records, cluster)):
+            self._last[:] = [_compare(self.scan, records, cluster)]
+        near = self._last[0]
+        member = near.responds.clone()
+        member[near.responds] = (near.nearest == cluster.place) & (near.nearness >= cluster.alike)
         return member & ~torch.isin(records.label, torch.tensor(cluster.named, dtype=torch.int64))
 
     def concept_of(self, records: Records, concepts: Sequence[Sequence[int]]) -> Tensor:
