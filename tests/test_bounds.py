@@ -51,8 +51,8 @@ TOLD = {
         f"{circuits.N_IMAGES} images",
     ),
     "places.md": (
-        f"**{places.N_DRAWN} drawn evenly**",
-        f"({4 * places._DRAWN_NUMBERS / 2**20:g} MiB at most)",
+        f"**{places.N_DRAWN} places drawn evenly**",
+        f"(at most {4 * places._DRAWN_NUMBERS / 2**20:g} MiB)",
         f"Above {place_shards._MOST_BYTES / 1e9:g} GB a scan is refused",
     ),
     "format.md": (

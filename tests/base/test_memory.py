@@ -123,11 +123,13 @@ def test_commands_that_run_a_network_keep_memory_before_they_load_it(monkeypatch
     monkeypatch.setattr("unbraid.running.demo.load_network", None)
     monkeypatch.setattr("unbraid.running.network.load_again", None)
     monkeypatch.setattr("unbraid.running.finished.Run", Mock())
+    for part in ("train", "val"):
+        (tmp_path / part).mkdir()
     network = shared.Network(model="torchvision:resnet18")
-    given = {"network": network, "layer": ["fc"], "data": "nowhere", "out": tmp_path / "out"}
+    given = {"network": network, "layer": ["fc"], "out": tmp_path / "out"}
     commands = [
-        lambda: make.run(**given),
-        lambda: make.scan(**given),
+        lambda: make.run(**given, data=str(tmp_path)),
+        lambda: make.scan(**given, data=str(tmp_path / "train")),
         lambda: make.layers("torchvision:resnet18"),
         lambda: make.reproduce(imagenet=tmp_path, out=tmp_path),
         lambda: make.demo(out=tmp_path),
