@@ -69,7 +69,7 @@ class Candidate:
     pair: Pair
     tau: float
     gamma: float
-    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # of each class, the strongest
+    images: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())  # indices of each class's strongest
 
     def options(self, found: Findings) -> str:
         """The options of `unbraid run` and `unbraid find` that take it, where other than asked."""
@@ -155,7 +155,7 @@ class Findings(Tabular, Exported):
     layer: str  # that the channels belong to
     weights: str  # hash of the network's weights
     clusters: Clusters = field(default_factory=dict)  # by number, where they stand for classes
-    agreement: Mapping[int, float] = field(default_factory=dict)
+    agreement: Mapping[int, float] = field(default_factory=dict)  # Rand index, by channel
     kind: Kind = "classes"  # what concepts are made of
     auto: bool = False  # whether tau was chosen by rule
     note: str = ""  # what to know of the tau chosen, and of what was left out
